@@ -1,0 +1,107 @@
+"""Entries of the credit ledger. Only hashes and already private aggregates go in: the log can never be erased."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from data_schemas.frozen import Frozen
+from data_schemas.messages import Hex32, SignedRelease, SignedUpdate
+
+
+class MemberEntry(Frozen):
+    """A hospital joins: its name, key and declared numbers of patients."""
+
+    kind: Literal["member"] = "member"
+    node: str
+    public_key: Hex32
+    declared_training_patients: int
+    declared_heldout_patients: int
+
+
+class PlanEntry(Frozen):
+    """The plan that the run's rounds follow, by hash."""
+
+    kind: Literal["plan"] = "plan"
+    run: str
+    plan_hash: Hex32
+
+
+class RejectedUpdate(Frozen):
+    """An update that was not admitted, and why."""
+
+    node: str
+    update_hash: Hex32 | None
+    code: str
+
+
+class RoundEntry(Frozen):
+    """One closed round: what was admitted and rejected and which model came out."""
+
+    kind: Literal["round"] = "round"
+    run: str
+    round: int
+    plan_hash: Hex32
+    base_model_hash: Hex32
+    new_model_hash: Hex32
+    admitted: tuple[SignedUpdate, ...]
+    rejected: tuple[RejectedUpdate, ...]
+
+
+class CreditLine(Frozen):
+    """One node's credit in an epoch, with the 95% interval of the noise. Micro-credits are integers."""
+
+    node: str
+    shapley_mg_dl: float
+    interval_low_mg_dl: float
+    interval_high_mg_dl: float
+    micro_credits: int
+
+
+class CreditEntry(Frozen):
+    """Credit of one epoch and the signed releases it follows from: anyone can recompute it."""
+
+    kind: Literal["credit"] = "credit"
+    run: str
+    epoch: int
+    rounds: tuple[int, ...]
+    mode: Literal["exact-shapley-weighted-median"]
+    pot_micro_credits: int
+    unpaid_micro_credits: int
+    lines: tuple[CreditLine, ...]
+    releases: tuple[SignedRelease, ...]
+
+
+class ModelEntry(Frozen):
+    """A model version is published: its weights' hash and its privacy statement."""
+
+    kind: Literal["model"] = "model"
+    run: str
+    round: int
+    model_hash: Hex32
+    unit: str
+    relation: str
+    delta: float
+    epsilon_by_node: dict[str, float]
+
+
+Entry = Annotated[MemberEntry | PlanEntry | RoundEntry | CreditEntry | ModelEntry, Field(discriminator="kind")]
+
+
+class LedgerEntry(Frozen):
+    """One line of the log: position, time (UTC ISO 8601), content, and the aggregator's signature over the rest."""
+
+    index: int = Field(ge=0)
+    recorded_at: str
+    entry: Entry
+    signature: str
+
+
+class Receipt(Frozen):
+    """Proof that an entry is in the log: leaf hash, position, tree size, RFC 6962 inclusion path, all hex."""
+
+    index: int
+    tree_size: int
+    leaf_hash: Hex32
+    path: tuple[Hex32, ...]

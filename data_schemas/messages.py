@@ -1,0 +1,198 @@
+"""What crosses the hospital's firewall, field by field.
+
+Each message is one JSON body plus, where named, float32 arrays. Nothing else ever leaves a node; docs/privacy.md lists sensitivity, mechanism and cost of every field.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Literal
+
+from pydantic import Field
+
+from data_schemas.canonical import content_hash
+from data_schemas.frozen import Frozen
+from data_schemas.plan import PrivacyEvent, PrivacyUnit, TrainingPlan
+
+Hex32 = str  # 64 lower-case hex digits: a SHA-256 or an Ed25519 public key
+
+
+class RefusalCode(StrEnum):
+    """Why a node did not do what it was asked. Codes only: no exception text leaves a hospital."""
+
+    UNKNOWN_FEDERATION = "unknown-federation"
+    PLAN_MISMATCH = "plan-mismatch"
+    PLAN_EXCEEDS_CEILING = "plan-exceeds-ceiling"
+    BUDGET_EXHAUSTED = "budget-exhausted"
+    TOO_FEW_PATIENTS = "too-few-patients"
+    DEADLINE_TOO_CLOSE = "deadline-too-close"
+    MODEL_MISMATCH = "model-mismatch"
+    LEDGER_FORK = "ledger-fork"
+    NODE_BUSY = "node-busy"
+    MALFORMED_TASK = "malformed-task"
+    INTERNAL = "internal"
+
+
+class Refusal(Frozen):
+    """A node's answer when it declines a task."""
+
+    kind: Literal["refusal"] = "refusal"
+    code: RefusalCode
+
+
+class HelloTask(Frozen):
+    """Asks a node who it is."""
+
+    federation: str
+
+
+class Hello(Frozen):
+    """A node's identity and its declared (published, not computed) numbers of patients."""
+
+    kind: Literal["hello"] = "hello"
+    node: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")
+    public_key: Hex32
+    declared_training_patients: int = Field(ge=1)
+    declared_heldout_patients: int = Field(ge=0)
+
+
+class TrainTask(Frozen):
+    """Train one round from the base model. Array: base weights float32[D]."""
+
+    federation: str
+    run: str
+    round: int = Field(ge=1)
+    plan: TrainingPlan
+    base_model_hash: Hex32
+    deadline_unix: float
+
+    @property
+    def task_id(self) -> Hex32:
+        """Identity of the work: the same for a replay, whatever its deadline."""
+        return content_hash(self.model_dump(mode="json", exclude={"deadline_unix"}))
+
+
+class PrivacySpend(Frozen):
+    """What a release cost: the event, the unit, and the cohort's total epsilon after it."""
+
+    unit: PrivacyUnit
+    event: PrivacyEvent
+    epsilon_after: float = Field(ge=0)
+    delta: float
+
+
+class UpdateManifest(Frozen):
+    """What a node signs about its update. The update is a difference: new weights minus base weights."""
+
+    federation: str
+    run: str
+    round: int
+    node: str
+    plan_hash: Hex32
+    base_model_hash: Hex32
+    update_hash: Hex32
+    declared_patients: int
+    spend: PrivacySpend
+    budget_head: Hex32
+
+
+class SignedUpdate(Frozen):
+    """Reply to TrainTask. Array: update float32[D]; signature is Ed25519 over the manifest's canonical bytes, hex."""
+
+    kind: Literal["update"] = "update"
+    manifest: UpdateManifest
+    signature: str
+
+
+class ScoreTask(Frozen):
+    """Score a round's coalitions on held-out patients; the result stays at the node until the epoch's release.
+
+    Arrays: base weights float32[D]; updates float32[n, D] in the order of `nodes`. Coalition model of S:
+    base + server_learning_rate * sum over S of share_i * update_i, with share_i = declared_i / sum of all declared.
+    """
+
+    federation: str
+    run: str
+    round: int
+    epoch: int
+    plan: TrainingPlan
+    nodes: tuple[str, ...]
+    shares: tuple[float, ...]
+    update_hashes: tuple[Hex32, ...]
+    base_model_hash: Hex32
+    new_model_hash: Hex32
+
+
+class Scored(Frozen):
+    """Reply to ScoreTask: an acknowledgement without any figure."""
+
+    kind: Literal["scored"] = "scored"
+    round: int
+    new_model_hash: Hex32
+
+
+class ReleaseTask(Frozen):
+    """Release the epoch's one noised vector. `nodes` fixes the order of its credit part."""
+
+    federation: str
+    run: str
+    epoch: int
+    plan: TrainingPlan
+    nodes: tuple[str, ...]
+    deadline_unix: float
+
+    @property
+    def task_id(self) -> Hex32:
+        """Identity of the work: the same for a replay, whatever its deadline."""
+        return content_hash(self.model_dump(mode="json", exclude={"deadline_unix"}))
+
+
+class EpochRelease(Frozen):
+    """What a node signs about an epoch: per-node Shapley values in mg/dL, noised, or an abstention.
+
+    `shapley_mg_dl` is empty when the node abstains: its noise would exceed any score a patient can produce.
+    `noise_std_mg_dl` is the standard deviation of the noise on each value.
+    """
+
+    federation: str
+    run: str
+    epoch: int
+    node: str
+    nodes: tuple[str, ...]
+    shapley_mg_dl: tuple[float, ...]
+    noise_std_mg_dl: float
+    declared_heldout_patients: int
+    abstained: bool
+    spend: PrivacySpend | None
+    budget_head: Hex32
+
+
+class SignedRelease(Frozen):
+    """Reply to ReleaseTask; signature is Ed25519 over the release's canonical bytes, hex."""
+
+    kind: Literal["release"] = "release"
+    release: EpochRelease
+    signature: str
+
+
+class CosignTask(Frozen):
+    """Ask a witness to cosign a checkpoint that extends the one it last cosigned (RFC 6962 section 2.1.2)."""
+
+    federation: str
+    checkpoint: str
+    old_size: int
+    consistency_proof: tuple[Hex32, ...]
+
+
+class WitnessState(Frozen):
+    """Reply when the proof does not start where the witness stands: the size it last cosigned."""
+
+    kind: Literal["witness-state"] = "witness-state"
+    size: int
+
+
+class Cosigned(Frozen):
+    """Reply to CosignTask: one C2SP cosignature line."""
+
+    kind: Literal["cosigned"] = "cosigned"
+    cosignature: str
