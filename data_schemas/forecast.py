@@ -43,12 +43,16 @@ class ForecastPoint(Frozen):
 
 
 class Forecast(Frozen):
-    """A forecast every 5 minutes up to 60, with what is needed to judge it."""
+    """A forecast every 5 minutes up to 60, with what is needed to judge it.
+
+    as_of is set for a replay of the past: readings after that moment were hidden and age_seconds counts to it.
+    """
 
     model_version: str
     model_hash: str
     privacy_statement: str
     generated_at: datetime
+    as_of: datetime | None = None
     last_reading_at: datetime
     age_seconds: float = Field(ge=0)
     readings_used: int

@@ -1,6 +1,7 @@
 """What crosses the hospital's firewall, field by field.
 
-Each message is one JSON body plus, where named, float32 arrays. Nothing else ever leaves a node; docs/privacy.md lists sensitivity, mechanism and cost of every field.
+Each message is one JSON body plus, where named, float32 arrays. Nothing else ever leaves a node; docs/privacy.md lists
+sensitivity, mechanism and cost of every field.
 """
 
 from __future__ import annotations

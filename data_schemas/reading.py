@@ -15,6 +15,8 @@ class Flag(IntFlag):
     CENSORED_LOW = 1  # the device said "Low" or clamped at its lower end
     CENSORED_HIGH = 2
     INTERPOLATED = 4  # made by the source's authors, not by a sensor; never scored, never trained on
+    CLOCK_CHANGE = 8  # local time that a clock change skipped or repeated, and order did not settle; has no UTC time
+    UNREADABLE = 16  # the device wrote something that is neither a number nor a word for low or high; has no value
 
 
 # Column -> dtype of a Readings frame. measured_at is UTC; optional channels are NaN where absent.

@@ -1,0 +1,181 @@
+"""The gate for updates: what a hospital sends is checked completely before it can touch the global model.
+
+The gate is pure and never raises on a hostile reply: it returns an AdmittedUpdate or a RejectedUpdate with one code.
+
+Norm bound. A node runs T = steps_per_round steps of plain SGD with learning rate r. Each step adds up the gradients of
+the sampled patients, each clipped to C = max_grad_norm, adds N(0, (z C)^2) to every coordinate and divides by the
+expected sample q N (q = sample_rate, N = declared patients). The update is r times the sum of T such steps, so
+
+    |update| <= r C / (q N) * ( B + z (sqrt(T D) + 8 sqrt(T)) )
+
+where B bounds the patients sampled in all steps: B = min(T N, m + 8 sqrt(m) + 32) with m = T q N. Both terms fail with
+probability below 1e-13 for an honest node (Bernstein's inequality for B; Gaussian concentration of the norm for the
+noise, Laurent and Massart 2000). The bound is doubled, because the declared number is a published, rounded figure. What
+passes the gate can still be wrong, but no larger than noise the plan itself allows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_schemas.canonical import bytes_hash, canonical_bytes, content_hash
+from data_schemas.ledger import MemberEntry, RejectedUpdate
+from data_schemas.messages import SignedUpdate, UpdateManifest
+from data_schemas.plan import TrainingPlan
+from pipeline.signing import verify
+
+
+class RejectionCode(StrEnum):
+    """Why an update was not admitted."""
+
+    UNKNOWN_MEMBER = "unknown-member"
+    WRONG_NODE = "wrong-node"
+    BAD_SIGNATURE = "bad-signature"
+    WRONG_FEDERATION = "wrong-federation"
+    WRONG_RUN = "wrong-run"
+    WRONG_ROUND = "wrong-round"
+    WRONG_PLAN = "wrong-plan"
+    WRONG_BASE_MODEL = "wrong-base-model"
+    WRONG_UNIT = "wrong-unit"
+    WRONG_DELTA = "wrong-delta"
+    WRONG_EVENT = "wrong-event"
+    WRONG_DECLARED_PATIENTS = "wrong-declared-patients"
+    WRONG_BUDGET_HEAD = "wrong-budget-head"
+    WRONG_DTYPE = "wrong-dtype"
+    WRONG_SHAPE = "wrong-shape"
+    WRONG_HASH = "wrong-hash"
+    REPLAYED = "replayed"
+    NOT_FINITE = "not-finite"
+    NORM_TOO_LARGE = "norm-too-large"
+    # Failures before there was an update to look at.
+    MALFORMED_REPLY = "malformed-reply"
+    NOT_CONNECTED = "not-connected"
+    NO_REPLY = "no-reply"
+    NODE_RAISED = "node-raised"
+    EXPIRED = "expired"
+    NODE_UNAVAILABLE = "node-unavailable"
+    TRANSPORT_ERROR = "transport-error"
+    NOT_IN_LEDGER_ROUND = "not-in-ledger-round"
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """What a reply to this round's task must agree with. `seen_hashes`: updates of earlier rounds and runs."""
+
+    federation: str
+    run: str
+    round: int
+    plan: TrainingPlan
+    base_model_hash: str
+    dimension: int
+    seen_hashes: frozenset[str]
+
+
+@dataclass(frozen=True)
+class AdmittedUpdate:
+    """An update that passed every check: its signed manifest and delta float32[D] (read-only)."""
+
+    signed: SignedUpdate
+    delta: NDArray[np.float32]
+
+    @property
+    def node(self) -> str:
+        """Name of the hospital."""
+        return self.signed.manifest.node
+
+    @property
+    def declared_patients(self) -> int:
+        """The hospital's declared training patients: its weight in the mean."""
+        return self.signed.manifest.declared_patients
+
+
+def max_update_norm(plan: TrainingPlan, declared_patients: int, dimension: int) -> float:
+    """Largest L2 norm an honest node's update can have; derivation and slack in the module's docstring."""
+    steps, privacy = plan.local.steps_per_round, plan.privacy
+    expected_sample = privacy.sample_rate * declared_patients
+    sampled = steps * expected_sample
+    patients = min(float(steps * declared_patients), sampled + 8 * math.sqrt(sampled) + 32)
+    noise = privacy.noise_multiplier * (math.sqrt(steps * dimension) + 8 * math.sqrt(steps))
+    return 2 * plan.local.learning_rate * privacy.max_grad_norm / expected_sample * (patients + noise)
+
+
+def admit(
+    reply: SignedUpdate,
+    delta: NDArray[np.generic],
+    expected: Expectation,
+    members: Mapping[str, MemberEntry],
+    asked: str,
+) -> AdmittedUpdate | RejectedUpdate:
+    """Check a reply of the node `asked`; delta should be float32[D]. The first check that fails names the code."""
+    code = _identity_code(reply, expected, members, asked) or _array_code(reply.manifest, delta, expected)
+    if code is not None:
+        return RejectedUpdate(node=asked, update_hash=_hash_or_none(reply.manifest.update_hash), code=code)
+    own = np.array(delta, dtype=np.float32)
+    own.flags.writeable = False
+    return AdmittedUpdate(signed=reply, delta=own)
+
+
+def _identity_code(
+    reply: SignedUpdate, expected: Expectation, members: Mapping[str, MemberEntry], asked: str
+) -> RejectionCode | None:
+    manifest, member = reply.manifest, members.get(asked)
+    if member is None:
+        return RejectionCode.UNKNOWN_MEMBER
+    if manifest.node != asked:
+        return RejectionCode.WRONG_NODE
+    if not verify(member.public_key, canonical_bytes(manifest), reply.signature):
+        return RejectionCode.BAD_SIGNATURE
+    return _manifest_code(manifest, expected, member)
+
+
+def _manifest_code(manifest: UpdateManifest, expected: Expectation, member: MemberEntry) -> RejectionCode | None:
+    plan, spend = expected.plan, manifest.spend
+    checks = (
+        (manifest.federation == expected.federation, RejectionCode.WRONG_FEDERATION),
+        (manifest.run == expected.run, RejectionCode.WRONG_RUN),
+        (manifest.round == expected.round, RejectionCode.WRONG_ROUND),
+        (manifest.plan_hash == content_hash(plan), RejectionCode.WRONG_PLAN),
+        (manifest.base_model_hash == expected.base_model_hash, RejectionCode.WRONG_BASE_MODEL),
+        (spend.unit == "patient" == plan.privacy.unit, RejectionCode.WRONG_UNIT),
+        (spend.delta == plan.privacy.delta, RejectionCode.WRONG_DELTA),
+        (spend.event == plan.round_event, RejectionCode.WRONG_EVENT),
+        (
+            manifest.declared_patients == member.declared_training_patients,
+            RejectionCode.WRONG_DECLARED_PATIENTS,
+        ),
+        (is_hash(manifest.budget_head), RejectionCode.WRONG_BUDGET_HEAD),
+        (manifest.update_hash not in expected.seen_hashes, RejectionCode.REPLAYED),
+    )
+    return next((code for passed, code in checks if not passed), None)
+
+
+def _array_code(manifest: UpdateManifest, delta: NDArray[np.generic], expected: Expectation) -> RejectionCode | None:
+    if delta.dtype != np.dtype("<f4"):
+        return RejectionCode.WRONG_DTYPE
+    if delta.shape != (expected.dimension,):
+        return RejectionCode.WRONG_SHAPE
+    if bytes_hash(np.ascontiguousarray(delta).tobytes()) != manifest.update_hash:
+        return RejectionCode.WRONG_HASH
+    if not np.isfinite(delta).all():
+        return RejectionCode.NOT_FINITE
+    # float64 before squaring: a finite float32 vector can have an infinite float32 norm.
+    limit = max_update_norm(expected.plan, manifest.declared_patients, expected.dimension)
+    if float(np.linalg.norm(delta.astype(np.float64))) > limit:
+        return RejectionCode.NORM_TOO_LARGE
+    return None
+
+
+def _hash_or_none(text: str) -> str | None:
+    """Put on record only what has the shape of a hash: a hostile manifest may hold any text here."""
+    return text if is_hash(text) else None
+
+
+def is_hash(text: str) -> bool:
+    """Whether a text is 64 lower-case hex digits; nothing else that a hospital chose freely may enter the ledger."""
+    return len(text) == 64 and set(text) <= set("0123456789abcdef")

@@ -1,0 +1,142 @@
+"""Credit of one epoch from the hospitals' noised releases: weighted median over the others, then largest remainder.
+
+Everything here is integer arithmetic on values rounded once to 1e-9 mg/dL, so whoever holds the releases computes the
+same credit to the last micro-credit, on any machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from data_schemas.errors import BadInput
+from data_schemas.ledger import CreditLine
+from data_schemas.messages import EpochRelease
+
+# The unit of all arithmetic below: 1e-9 mg/dL.
+_NANO = 10**9
+# Two-sided 95% of a normal distribution.
+_Z95 = 1.96
+# One scorer alone could write any score it likes.
+MIN_SCORERS = 2
+
+
+@dataclass(frozen=True)
+class _Score:
+    """One scorer's view of one node, in 1e-9 mg/dL, and the scorer's weight (held-out patients)."""
+
+    value: int
+    margin: int
+    weight: int
+
+
+def credit(
+    releases: Sequence[EpochRelease], nodes: Sequence[str], pot_micro_credits: int
+) -> tuple[tuple[CreditLine, ...], int]:
+    """Lines in the order of `nodes`, and what of the pot nobody earned. Lines and unpaid sum to the pot.
+
+    A node's score is the median of the OTHER, non-abstaining nodes' released Shapley values for it, weighted by their
+    declared held-out patients: liars holding less than half of the weight of those others cannot move it beyond honest
+    values (with exactly half, they can: a federation of three has no room for a liar).
+    Credit is the pot times the positive share; a node with fewer than MIN_SCORERS scorers gets 0.
+
+    The interval is the weighted median of the scorers' values -+ 1.96 noise_std. It is conservative for the noise: it
+    misses only when scorers of half the weight have noise beyond 1.96 standard deviations on the same side, 5% for a
+    single scorer and less for more. It does not cover the choice of held-out patients or disagreement between sites.
+
+    Raises BadInput on a repeated release or node, a missing value, or a pot, noise or weight out of range.
+    """
+    _check(releases, nodes, pot_micro_credits)
+    rows = [_score_node(node, releases) for node in nodes]
+    amounts = _largest_remainder([max(0, score) for score, _, _ in rows], nodes, pot_micro_credits)
+    lines = tuple(
+        CreditLine(
+            node=node,
+            shapley_mg_dl=score / _NANO,
+            interval_low_mg_dl=low / _NANO,
+            interval_high_mg_dl=high / _NANO,
+            micro_credits=amount,
+        )
+        for node, (score, low, high), amount in zip(nodes, rows, amounts, strict=True)
+    )
+    return lines, pot_micro_credits - sum(amounts)
+
+
+def _score_node(node: str, releases: Sequence[EpochRelease]) -> tuple[int, int, int]:
+    """Score, low and high of one node, in 1e-9 mg/dL."""
+    scores = _scores_of(node, releases)
+    if len(scores) < MIN_SCORERS:
+        reach = _widest(scores or [s for other in releases for s in _all_scores(other)])
+        return 0, -reach, reach
+    return (
+        _weighted_median([(s.value, s.weight) for s in scores]),
+        _weighted_median([(s.value - s.margin, s.weight) for s in scores]),
+        _weighted_median([(s.value + s.margin, s.weight) for s in scores]),
+    )
+
+
+def _scores_of(node: str, releases: Sequence[EpochRelease]) -> list[_Score]:
+    return [
+        _all_scores(release)[release.nodes.index(node)]
+        for release in releases
+        if release.node != node and node in release.nodes and _all_scores(release)
+    ]
+
+
+def _all_scores(release: EpochRelease) -> list[_Score]:
+    """One score per node of the release; none when it abstained or no held-out patient stands behind it."""
+    if release.abstained or release.declared_heldout_patients == 0:
+        return []
+    margin, weight = _nano(_Z95 * release.noise_std_mg_dl), release.declared_heldout_patients
+    return [_Score(_nano(value), margin, weight) for value in release.shapley_mg_dl]
+
+
+def _widest(scores: Sequence[_Score]) -> int:
+    """Farthest that any of the scores could reach from zero: all that is known of a node too few have scored."""
+    return max((abs(s.value) + s.margin for s in scores), default=0)
+
+
+def _weighted_median(values: Sequence[tuple[int, int]]) -> int:
+    """Value at half of the total weight; between two values when half falls exactly between them (rounded down)."""
+    ordered = sorted(values)
+    total = sum(weight for _, weight in ordered)
+    below = 0
+    for position, (value, weight) in enumerate(ordered):
+        below += weight
+        if 2 * below == total:
+            return (value + ordered[position + 1][0]) // 2
+        if 2 * below > total:
+            return value
+    raise BadInput("a median needs at least one value with a weight")
+
+
+def _largest_remainder(shares: Sequence[int], names: Sequence[str], pot: int) -> list[int]:
+    """Integer parts of the pot in proportion to the shares (Hamilton's method), ties by name; zeros when no share."""
+    total = sum(shares)
+    if total == 0:
+        return [0] * len(shares)
+    amounts = [pot * share // total for share in shares]
+    order = sorted(range(len(shares)), key=lambda i: (-(pot * shares[i] % total), names[i]))
+    for i in order[: pot - sum(amounts)]:
+        amounts[i] += 1
+    return amounts
+
+
+def _nano(value: float) -> int:
+    return round(value * _NANO)
+
+
+def _check(releases: Sequence[EpochRelease], nodes: Sequence[str], pot: int) -> None:
+    if not 0 <= pot < 2**53:  # canonical JSON has no larger integers
+        raise BadInput("the pot of an epoch is not between 0 and 2^53 - 1 micro-credits")
+    if len(set(nodes)) != len(nodes):
+        raise BadInput("a node is named twice in the epoch")
+    if len({r.node for r in releases}) != len(releases):
+        raise BadInput("a node has two releases in the epoch")
+    for r in releases:
+        if len(set(r.nodes)) != len(r.nodes):
+            raise BadInput(f"the release of {r.node} names a node twice")
+        if len(r.shapley_mg_dl) != (0 if r.abstained else len(r.nodes)):
+            raise BadInput(f"the release of {r.node} does not have one value per node")
+        if r.noise_std_mg_dl < 0 or r.declared_heldout_patients < 0:
+            raise BadInput(f"the release of {r.node} has a negative noise or number of patients")

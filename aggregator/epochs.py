@@ -1,0 +1,248 @@
+"""What follows a closed round: scoring at the hospitals, credit at the end of an epoch, cosignatures on the ledger.
+
+Nothing here can end a run: a hospital that fails is missing from the epoch's credit or from the cosigners, by name.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Collection, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aggregator.admission import RejectionCode, is_hash
+from aggregator.contribution import credit
+from aggregator.courier import COSIGN, RELEASE, SCORE, Courier, Reply
+from aggregator.ledger import Ledger
+from data_schemas.canonical import canonical_bytes
+from data_schemas.errors import BadInput, CheckFailed
+from data_schemas.ledger import CreditEntry, MemberEntry, RoundEntry
+from data_schemas.messages import (
+    Cosigned,
+    CosignTask,
+    EpochRelease,
+    RefusalCode,
+    ReleaseTask,
+    Scored,
+    ScoreTask,
+    SignedRelease,
+    WitnessState,
+)
+from data_schemas.plan import TrainingPlan
+from pipeline.checkpoint import NoteSignature, SignedCheckpoint
+from pipeline.signing import verify
+
+Members = Mapping[str, MemberEntry]
+_log = logging.getLogger("islet.aggregator")
+# Failures that may be over a moment later: a hospital is asked for its release once more.
+_PASSING = {
+    RefusalCode.NODE_BUSY,
+    RejectionCode.NOT_CONNECTED,
+    RejectionCode.NO_REPLY,
+    RejectionCode.EXPIRED,
+    RejectionCode.NODE_UNAVAILABLE,
+}
+
+
+def epoch_of(round_number: int, plan: TrainingPlan) -> int:
+    """Credit epoch (from 1) of a round (from 1)."""
+    return (round_number - 1) // plan.credit.rounds_per_epoch + 1
+
+
+def ends_epoch(round_number: int, plan: TrainingPlan) -> bool:
+    """Whether a round is the last of its credit epoch; the run's last epoch may be short."""
+    return round_number % plan.credit.rounds_per_epoch == 0 or round_number == plan.rounds
+
+
+def rounds_of(epoch: int, plan: TrainingPlan) -> tuple[int, ...]:
+    """List the rounds of a credit epoch."""
+    length = plan.credit.rounds_per_epoch
+    return tuple(range((epoch - 1) * length + 1, min(epoch * length, plan.rounds) + 1))
+
+
+def score_task(entry: RoundEntry, federation: str, plan: TrainingPlan) -> ScoreTask:
+    """Build the task that has a closed round's coalitions scored; nodes and updates in node order."""
+    manifests = [signed.manifest for signed in entry.admitted]
+    total = sum(manifest.declared_patients for manifest in manifests)
+    return ScoreTask(
+        federation=federation,
+        run=entry.run,
+        round=entry.round,
+        epoch=epoch_of(entry.round, plan),
+        plan=plan,
+        nodes=tuple(manifest.node for manifest in manifests),
+        shares=tuple(manifest.declared_patients / total for manifest in manifests),
+        update_hashes=tuple(manifest.update_hash for manifest in manifests),
+        base_model_hash=entry.base_model_hash,
+        new_model_hash=entry.new_model_hash,
+    )
+
+
+def score(
+    courier: Courier,
+    task: ScoreTask,
+    members: Members,
+    arrays: Mapping[str, NDArray[np.float32]],
+    timeout_s: float,
+) -> tuple[str, ...]:
+    """Have every hospital score a round (arrays: base float32[D], updates float32[n, D]); returns who acknowledged."""
+    tasks = dict.fromkeys(members, task)
+    replies = courier.ask(SCORE, tasks, members, timeout_s=timeout_s, arrays=arrays, group=str(task.round))
+    scored = {
+        reply.node
+        for reply in replies
+        if isinstance(reply.body, Scored)
+        and (reply.body.round, reply.body.new_model_hash) == (task.round, task.new_model_hash)
+    }
+    _report("scored", task.round, replies, scored)
+    return tuple(sorted(scored))
+
+
+def release_code(signed: SignedRelease, task: ReleaseTask, asked: str, member: MemberEntry) -> str | None:
+    """Why a release cannot be used, or None: signature, identity, order of nodes, declared number, cost, sizes."""
+    release = signed.release
+    if not verify(member.public_key, canonical_bytes(release), signed.signature):
+        return "bad-signature"
+    promised = (task.federation, task.run, task.epoch, asked, task.nodes, member.declared_heldout_patients)
+    if promised != (
+        release.federation,
+        release.run,
+        release.epoch,
+        release.node,
+        release.nodes,
+        release.declared_heldout_patients,
+    ) or not is_hash(release.budget_head):
+        return "wrong-release"
+    return _abstention_code(release) if release.abstained else _values_code(release, task)
+
+
+def _abstention_code(release: EpochRelease) -> str | None:
+    silent = not release.shapley_mg_dl and release.spend is None and release.noise_std_mg_dl >= 0
+    return None if silent else "wrong-abstention"
+
+
+def _values_code(release: EpochRelease, task: ReleaseTask) -> str | None:
+    """Check cost, noise, size: nobody may claim less noise than the plan adds, or a score no patients can produce."""
+    spend, plan, declared = release.spend, task.plan.credit, release.declared_heldout_patients
+    if spend is None or spend.unit != "patient" or spend.delta != task.plan.privacy.delta:
+        return "wrong-spend"
+    noise_std = plan.noise_multiplier * plan.clip_mg_dl / declared if declared else 0.0
+    if spend.event != task.plan.release_event or not declared:
+        return "wrong-event"
+    if not math.isclose(release.noise_std_mg_dl, noise_std, rel_tol=1e-9):
+        return "wrong-noise"
+    if len(release.shapley_mg_dl) != len(task.nodes):
+        return "wrong-shape"
+    # A mean of clipped vectors is at most the clip times actual over declared patients; ten of each is generous.
+    limit = 10 * (plan.clip_mg_dl + noise_std)
+    return None if all(abs(value) <= limit for value in release.shapley_mg_dl) else "out-of-range"
+
+
+def collect_credit(
+    courier: Courier,
+    task: ReleaseTask,
+    members: Members,
+    timeout_s: float,
+) -> CreditEntry:
+    """Collect the epoch's releases and turn them into credit; without usable releases the whole pot stays unpaid."""
+    usable: dict[str, SignedRelease] = {}
+    asked = set(members)
+    for _ in range(2):
+        tasks = dict.fromkeys(sorted(asked), task)
+        replies = courier.ask(RELEASE, tasks, members, timeout_s=timeout_s, group=f"epoch {task.epoch}")
+        usable |= _usable(replies, task, members)
+        asked = {reply.node for reply in replies if reply.failure in _PASSING} - usable.keys()
+        if not asked:
+            break
+    _report("released", task.epoch, replies, usable.keys())
+    rounds = rounds_of(task.epoch, task.plan)
+    pot = task.plan.credit.pot_micro_credits_per_round * len(rounds)
+    releases = tuple(usable[name] for name in sorted(usable))
+    lines, unpaid = credit([signed.release for signed in releases], task.nodes, pot)
+    return CreditEntry(
+        run=task.run,
+        epoch=task.epoch,
+        rounds=rounds,
+        mode="exact-shapley-weighted-median",
+        pot_micro_credits=pot,
+        unpaid_micro_credits=unpaid,
+        lines=lines,
+        releases=releases,
+    )
+
+
+def _usable(replies: Sequence[Reply], task: ReleaseTask, members: Members) -> dict[str, SignedRelease]:
+    found: dict[str, SignedRelease] = {}
+    for reply in replies:
+        if isinstance(reply.body, SignedRelease) and reply.node not in found:
+            code = release_code(reply.body, task, reply.node, members[reply.node])
+            if code is None:
+                found[reply.node] = reply.body
+            else:
+                _log.warning("epoch %d: release of %s not used: %s", task.epoch, reply.node, code)
+    return found
+
+
+def gather_cosignatures(
+    courier: Courier,
+    ledger: Ledger,
+    members: Members,
+    *,
+    federation: str,
+    timeout_s: float,
+    witness_sizes: dict[str, int],
+) -> tuple[str, ...]:
+    """Have every hospital cosign the ledger's present checkpoint; returns who did.
+
+    witness_sizes is what each was last seen to hold (updated here; absent means nothing yet). A witness that stands
+    elsewhere answers with its size and is asked once more with the proof from there. A witness ahead of this ledger has
+    seen entries that are missing here: reported, never overridden.
+    """
+    note = ledger.checkpoint()
+    size = SignedCheckpoint.from_text(note).checkpoint.size
+    asked = {name: min(witness_sizes.get(name, 0), size) for name in members}
+    replies: list[Reply] = []
+    cosigned: set[str] = set()
+    while asked:
+        tasks = {name: _cosign_task(ledger, federation, note, old) for name, old in asked.items()}
+        retry = not replies
+        replies = courier.ask(COSIGN, tasks, members, timeout_s=timeout_s, group="cosign")
+        cosigned |= {reply.node for reply in replies if _accepted(reply, ledger)}
+        asked = {reply.node: reply.body.size for reply in replies if isinstance(reply.body, WitnessState)}
+        asked = {name: old for name, old in asked.items() if retry and _provable(name, old, size)}
+    witness_sizes.update(dict.fromkeys(cosigned, size))
+    _report("cosigned", size, replies, cosigned)
+    return tuple(sorted(cosigned))
+
+
+def _cosign_task(ledger: Ledger, federation: str, note: str, old_size: int) -> CosignTask:
+    proof = ledger.consistency_proof(old_size) if old_size else ()
+    return CosignTask(federation=federation, checkpoint=note, old_size=old_size, consistency_proof=proof)
+
+
+def _provable(node: str, witness_size: int, size: int) -> bool:
+    if 0 <= witness_size <= size:
+        return True
+    _log.error("%s has cosigned %d entries, this ledger has %d: entries are missing here", node, witness_size, size)
+    return False
+
+
+def _accepted(reply: Reply, ledger: Ledger) -> bool:
+    if not isinstance(reply.body, Cosigned):
+        return False
+    try:
+        if NoteSignature.from_text(reply.body.cosignature).name != reply.node:
+            return False
+        ledger.add_cosignature(reply.body.cosignature)
+    except (BadInput, CheckFailed) as error:
+        _log.warning("cosignature of %s not used: %s", reply.node, type(error).__name__)
+        return False
+    return True
+
+
+def _report(verb: str, number: int, replies: Sequence[Reply], done: Collection[str]) -> None:
+    for reply in replies:
+        if reply.node not in done:
+            _log.info("%s: %d not %s: %s", reply.node, number, verb, reply.failure or "unusable reply")

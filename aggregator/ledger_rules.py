@@ -1,0 +1,169 @@
+"""The rules that a ledger's entries obey, in order: what each may say, given the entries before it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from aggregator.contribution import credit
+from data_schemas.canonical import canonical_bytes
+from data_schemas.errors import BadInput
+from data_schemas.ledger import CreditEntry, Entry, MemberEntry, ModelEntry, PlanEntry, RoundEntry
+from data_schemas.messages import SignedRelease, SignedUpdate
+from pipeline.signing import verify
+
+
+@dataclass
+class Replay:
+    """What the entries so far have established; fault() takes the next one in."""
+
+    members: dict[str, MemberEntry] = field(default_factory=dict)
+    plans: dict[str, str] = field(default_factory=dict)
+    last_round: dict[str, RoundEntry] = field(default_factory=dict)
+    epochs: set[tuple[str, int]] = field(default_factory=set)
+    paid_rounds: set[tuple[str, int]] = field(default_factory=set)
+    rounds: set[tuple[str, int]] = field(default_factory=set)
+    federation: str | None = None
+    counts: dict[str, int] = field(default_factory=dict)
+    micro_credits: dict[str, int] = field(default_factory=dict)
+    unpaid: int = 0
+
+
+def fault(entry: Entry, so_far: Replay) -> str:
+    """Say what is wrong with the next entry; empty when nothing is, and then `so_far` has taken it in."""
+    so_far.counts[entry.kind] = so_far.counts.get(entry.kind, 0) + 1
+    match entry:
+        case MemberEntry():
+            return _member_fault(entry, so_far)
+        case PlanEntry():
+            return _plan_fault(entry, so_far)
+        case RoundEntry():
+            return _round_fault(entry, so_far)
+        case CreditEntry():
+            return _credit_fault(entry, so_far)
+        case ModelEntry():
+            return _model_fault(entry, so_far)
+
+
+def _member_fault(entry: MemberEntry, so_far: Replay) -> str:
+    known = so_far.members.setdefault(entry.node, entry)
+    if known.public_key != entry.public_key:
+        return f"{entry.node} is a member with another key"
+    so_far.members[entry.node] = entry
+    return ""
+
+
+def _plan_fault(entry: PlanEntry, so_far: Replay) -> str:
+    if entry.run in so_far.last_round and so_far.plans.get(entry.run) != entry.plan_hash:
+        return "the plan changes after the run's first round"
+    so_far.plans[entry.run] = entry.plan_hash
+    return ""
+
+
+def _round_fault(entry: RoundEntry, so_far: Replay) -> str:
+    previous = so_far.last_round.get(entry.run)
+    if previous and entry.round <= previous.round:
+        return f"round {entry.round} of run {entry.run} follows round {previous.round}"
+    if previous and entry.base_model_hash != previous.new_model_hash:
+        return "its base model is not the model of the round before"
+    if so_far.plans.get(entry.run, entry.plan_hash) != entry.plan_hash:
+        return "it does not follow the run's plan"
+    if len({u.manifest.node for u in entry.admitted}) != len(entry.admitted):
+        return "a node is admitted twice"
+    for update in entry.admitted:
+        wrong = _update_fault(update, entry, so_far)
+        if wrong:
+            return f"update of {update.manifest.node}: {wrong}"
+    so_far.last_round[entry.run] = entry
+    so_far.rounds.add((entry.run, entry.round))
+    return ""
+
+
+def _update_fault(update: SignedUpdate, entry: RoundEntry, so_far: Replay) -> str:
+    m, member = update.manifest, so_far.members.get(update.manifest.node)
+    if member is None:
+        return "not a member"
+    if (m.run, m.round) != (entry.run, entry.round):
+        return f"made for round {m.round} of run {m.run}"
+    if (m.plan_hash, m.base_model_hash) != (entry.plan_hash, entry.base_model_hash):
+        return "made with another plan or base model"
+    if m.declared_patients != member.declared_training_patients:
+        return "declares another number of patients than the member entry"
+    return _member_signature_fault(m.federation, canonical_bytes(m), update.signature, member, so_far)
+
+
+def _release_fault(signed: SignedRelease, entry: CreditEntry, so_far: Replay) -> str:
+    release, member = signed.release, so_far.members.get(signed.release.node)
+    if member is None:
+        return "not a member"
+    if (release.run, release.epoch) != (entry.run, entry.epoch):
+        return f"made for epoch {release.epoch} of run {release.run}"
+    if release.declared_heldout_patients != member.declared_heldout_patients:
+        return "declares another number of held-out patients than the member entry"
+    return _member_signature_fault(release.federation, canonical_bytes(release), signed.signature, member, so_far)
+
+
+def _member_signature_fault(
+    federation: str, message: bytes, signature: str, member: MemberEntry, so_far: Replay
+) -> str:
+    if federation != (so_far.federation or federation):
+        return "made for another federation"
+    so_far.federation = federation
+    return "" if verify(member.public_key, message, signature) else "the member's signature is wrong"
+
+
+def _credit_fault(entry: CreditEntry, so_far: Replay) -> str:
+    rounds = {(entry.run, r) for r in entry.rounds}
+    wrong = _epoch_fault(entry, rounds, so_far)
+    for signed in entry.releases:
+        found = _release_fault(signed, entry, so_far)
+        wrong = wrong or (found and f"release of {signed.release.node}: {found}")
+    wrong = wrong or _sum_fault(entry)
+    if wrong:
+        return wrong
+    so_far.epochs.add((entry.run, entry.epoch))
+    so_far.paid_rounds |= rounds
+    so_far.unpaid += entry.unpaid_micro_credits
+    for line in entry.lines:
+        so_far.micro_credits[line.node] = so_far.micro_credits.get(line.node, 0) + line.micro_credits
+    return ""
+
+
+def _epoch_fault(entry: CreditEntry, rounds: set[tuple[str, int]], so_far: Replay) -> str:
+    if (entry.run, entry.epoch) in so_far.epochs:
+        return "the epoch was credited before"
+    if rounds - so_far.rounds:
+        return "it credits a round that is not in the ledger"
+    if rounds & so_far.paid_rounds or len(rounds) != len(entry.rounds):
+        return "it credits a round twice"
+    if strangers := sorted({line.node for line in entry.lines} - so_far.members.keys()):
+        return f"it credits {strangers[0]}, not a member"
+    return ""
+
+
+def _sum_fault(entry: CreditEntry) -> str:
+    if sum(line.micro_credits for line in entry.lines) + entry.unpaid_micro_credits != entry.pot_micro_credits:
+        return "credits and unpaid do not sum to the pot"
+    try:
+        lines, unpaid = credit(
+            [s.release for s in entry.releases], [line.node for line in entry.lines], entry.pot_micro_credits
+        )
+    except BadInput as error:
+        return error.message
+    return "" if (lines, unpaid) == (entry.lines, entry.unpaid_micro_credits) else "credits do not follow from releases"
+
+
+def _model_fault(entry: ModelEntry, so_far: Replay) -> str:
+    if strangers := sorted(entry.epsilon_by_node.keys() - so_far.members.keys()):
+        return f"it names {strangers[0]}, not a member"
+    return ""
+
+
+def nickname(entry: Entry) -> str:
+    """Return what an entry is called in a finding, such as "round 4"."""
+    match entry:
+        case RoundEntry():
+            return f"round {entry.round}"
+        case CreditEntry():
+            return f"credit of epoch {entry.epoch}"
+        case _:
+            return str(entry.kind)

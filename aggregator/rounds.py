@@ -1,0 +1,374 @@
+"""The round loop: one federated run over any Flower Grid, resumable after a kill at any point.
+
+Life of a round: asked -> admitted -> stepped -> CHECKPOINTED -> LOGGED -> scored (-> credited -> cosigned)
+Before CHECKPOINTED nothing of the round is kept: it is asked again, and hospitals answer with the replies they stored.
+From there on everything is repeated from the checkpoint until the ledger says it is done; docs/rounds.md has the table.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import partial
+from typing import TypeVar
+
+import numpy as np
+from flwr.app import Message
+from flwr.common.constant import ErrorCode
+from flwr.serverapp import Grid
+from numpy.typing import NDArray
+
+from aggregator import epochs
+from aggregator.admission import Expectation, RejectionCode
+from aggregator.aggregation import (
+    ServerState,
+    cosine,
+    initial_state,
+    mean_update,
+    model_hash,
+    released_weights,
+    server_step,
+)
+from aggregator.collecting import Collected, collect
+from aggregator.courier import Courier, Incoming, Outgoing
+from aggregator.governance import Federation, replay
+from aggregator.ledger import Ledger
+from aggregator.progress import Observer, RoundSummary
+from aggregator.settings import AggregatorSettings
+from aggregator.state import Checkpoint, RoundRecord, StateFolder
+from data_schemas.canonical import content_hash
+from data_schemas.errors import BadInput, CheckFailed
+from data_schemas.ledger import CreditEntry, ModelEntry, PlanEntry, RoundEntry
+from data_schemas.messages import ReleaseTask
+from data_schemas.plan import RELATION, TrainingPlan
+from pipeline.checkpoint import SignedCheckpoint
+from pipeline.wire import from_record, to_record
+
+Vector = NDArray[np.float32]
+Clock = Callable[[], float]
+Outcome = TypeVar("Outcome")
+_log = logging.getLogger("islet.aggregator")
+_FAILURES = {
+    ErrorCode.CLIENT_APP_RAISED_EXCEPTION: RejectionCode.NODE_RAISED,
+    ErrorCode.CLIENT_APP_CRASHED: RejectionCode.NODE_RAISED,
+    ErrorCode.MESSAGE_UNAVAILABLE: RejectionCode.EXPIRED,
+    ErrorCode.REPLY_MESSAGE_UNAVAILABLE: RejectionCode.EXPIRED,
+    ErrorCode.NODE_UNAVAILABLE: RejectionCode.NODE_UNAVAILABLE,
+}
+
+
+@dataclass(frozen=True)
+class FederationResult:
+    """A finished run. weights float32[D]: the released model, mean of the last rounds; last_weights: the last round's.
+
+    epsilon_by_node: last reported total of each training cohort. resumed_from: the checkpoint's round, or None.
+    """
+
+    run: str
+    weights: Vector
+    last_weights: Vector
+    model_hash: str
+    rounds: tuple[RoundSummary, ...]
+    epsilon_by_node: dict[str, float]
+    credits: tuple[CreditEntry, ...]
+    cosigned_by: tuple[str, ...]
+    resumed_from: int | None
+
+
+@dataclass(frozen=True)
+class _Desk:
+    """What every step of one run needs; fixed for the run, except what the witnesses were last seen to hold."""
+
+    courier: Courier
+    settings: AggregatorSettings
+    plan: TrainingPlan
+    run: str
+    ledger: Ledger
+    state: StateFolder
+    observer: Observer
+    clock: Clock
+    witness_sizes: dict[str, int] = field(default_factory=dict)
+
+    def now(self) -> str:
+        """Time for the ledger: UTC, ISO 8601."""
+        return datetime.fromtimestamp(self.clock(), UTC).isoformat(timespec="seconds")
+
+    def federation(self) -> Federation:
+        """Members and history as the ledger tells them now."""
+        return replay(self.ledger.entries())
+
+
+def run_identity(federation: str, plan: TrainingPlan, initial_weights: Vector) -> str:
+    """Name a run after what it is, so the same command finds its own state, ledger entries and stored replies."""
+    what = {"federation": federation, "plan": content_hash(plan), "model": model_hash(initial_weights)}
+    return f"{plan.name}-{content_hash(what)[:12]}"
+
+
+def run_federation(
+    grid: Grid,
+    settings: AggregatorSettings,
+    plan: TrainingPlan,
+    initial_weights: Vector,
+    *,
+    ledger: Ledger,
+    state: StateFolder,
+    observer: Observer,
+    clock: Clock = time.time,
+) -> FederationResult:
+    """Run a plan to its end, or go on with it where it stopped; of a finished run only the cosignatures are renewed.
+
+    initial_weights is float32[D]. Raises IsletError when a round finds no quorum (resumable), BadInput when settings
+    and members do not fit, CheckFailed when state folder and ledger contradict each other.
+    """
+    courier = Courier(GridExchange(grid), settings.federation, settings.hello_timeout_s)
+    run = run_identity(settings.federation, plan, initial_weights)
+    desk = _Desk(courier, settings, plan, run, ledger, state, observer, clock)
+    _check_members(desk)
+    ledger.append_once(("plan", run), PlanEntry(run=run, plan_hash=content_hash(plan)), desk.now())
+    server, epsilon_by_node, done = initial_state(initial_weights), dict[str, float](), 0
+    checkpoint = state.newest(run)
+    if checkpoint is not None:
+        _check_head(desk, checkpoint.record)
+        _close(desk, checkpoint)
+        server, done = checkpoint.server, checkpoint.record.round
+        epsilon_by_node = dict(checkpoint.record.summary.epsilon_by_node)
+    for number in range(done + 1, plan.rounds + 1):
+        step = _train(desk, number, server, epsilon_by_node)
+        state.save(step)
+        _close(desk, step)
+        server, epsilon_by_node = step.server, dict(step.record.summary.epsilon_by_node)
+    return _publish(desk, server, epsilon_by_node, done or None)
+
+
+def _check_members(desk: _Desk) -> None:
+    members, needed = len(desk.federation().members), desk.settings.min_updates
+    if members < needed:
+        raise BadInput(
+            f"the ledger has {members} members and a round needs {needed} updates",
+            "admit more hospitals, or lower min_updates in aggregator.toml",
+        )
+
+
+def _check_head(desk: _Desk, record: RoundRecord) -> None:
+    """Stop when the ledger is shorter than the checkpoint remembers: it was cut, or restored from an old copy."""
+    if desk.ledger.size < record.ledger_size:
+        raise CheckFailed(
+            f"the ledger has {desk.ledger.size} entries, the checkpoint of round {record.round} saw"
+            f" {record.ledger_size}",
+            "restore the newest copy of ledger.db; the state folder is fine",
+        )
+
+
+def _train(desk: _Desk, number: int, server: ServerState, epsilon_by_node: dict[str, float]) -> Checkpoint:
+    """Ask, collect, admit and step: a checkpoint that is not saved yet."""
+    started, federation = time.monotonic(), desk.federation()
+    expected = Expectation(
+        federation=desk.settings.federation,
+        run=desk.run,
+        round=number,
+        plan=desk.plan,
+        base_model_hash=model_hash(server.weights),
+        dimension=server.weights.shape[0],
+        seen_hashes=federation.update_hashes(desk.run, number),
+    )
+    closed = federation.rounds.get((desk.run, number))
+    collected = collect(
+        desk.courier,
+        desk.settings,
+        expected,
+        server.weights,
+        members=federation.members,
+        closed=closed,
+        clock=desk.clock,
+    )
+    stepped = server_step(server, collected.admitted, desk.plan.server)
+    spent = {update.node: update.signed.manifest.spend.epsilon_after for update in collected.admitted}
+    seconds = time.monotonic() - started
+    record = _record(desk, expected, collected, stepped, epsilon_by_node=epsilon_by_node | spent, seconds=seconds)
+    updates = np.stack([update.delta for update in collected.admitted])
+    return Checkpoint(record=record, server=stepped, base=server.weights, updates=updates)
+
+
+def _record(
+    desk: _Desk,
+    expected: Expectation,
+    collected: Collected,
+    stepped: ServerState,
+    *,
+    epsilon_by_node: dict[str, float],
+    seconds: float,
+) -> RoundRecord:
+    head = SignedCheckpoint.from_text(desk.ledger.checkpoint()).checkpoint
+    mean, new_hash = mean_update(collected.admitted), model_hash(stepped.weights)
+    summary = RoundSummary(
+        run=expected.run,
+        round=expected.round,
+        rounds=desk.plan.rounds,
+        admitted=tuple(update.node for update in collected.admitted),
+        rejected=collected.rejected,
+        update_norms={
+            update.node: float(np.linalg.norm(update.delta.astype(np.float64))) for update in collected.admitted
+        },
+        cosine_to_mean={update.node: cosine(update.delta, mean) for update in collected.admitted},
+        model_hash=new_hash,
+        epsilon_by_node=epsilon_by_node,
+        seconds=seconds,
+    )
+    return RoundRecord(
+        federation=expected.federation,
+        run=expected.run,
+        round=expected.round,
+        plan_hash=content_hash(expected.plan),
+        base_model_hash=expected.base_model_hash,
+        new_model_hash=new_hash,
+        admitted=tuple(update.signed for update in collected.admitted),
+        rejected=collected.rejected,
+        ledger_size=head.size,
+        ledger_root=head.root_hex,
+        summary=summary,
+    )
+
+
+def _close(desk: _Desk, checkpoint: Checkpoint) -> None:
+    """Do what follows the checkpoint; each part is harmless to repeat, so a resumed run does all of it again."""
+    record = checkpoint.record
+    entry = RoundEntry(**record.model_dump(include=set(RoundEntry.model_fields) - {"kind"}))
+    desk.ledger.append_once(("round", desk.run, record.round), entry, desk.now())
+    _tell(desk.observer, partial(desk.observer.round_closed, record.summary))
+    epoch, federation = epochs.epoch_of(record.round, desk.plan), desk.federation()
+    if (desk.run, epoch) in federation.credits:
+        return
+    epochs.score(
+        desk.courier,
+        epochs.score_task(entry, desk.settings.federation, desk.plan),
+        federation.members,
+        {"base": checkpoint.base, "updates": checkpoint.updates},
+        desk.settings.score_timeout_s,
+    )
+    if epochs.ends_epoch(record.round, desk.plan):
+        _close_epoch(desk, epoch, federation)
+
+
+def _close_epoch(desk: _Desk, epoch: int, federation: Federation) -> None:
+    credited = {
+        signed.manifest.node
+        for number in epochs.rounds_of(epoch, desk.plan)
+        if (closed := federation.rounds.get((desk.run, number))) is not None
+        for signed in closed.admitted
+    }
+    task = ReleaseTask(
+        federation=desk.settings.federation,
+        run=desk.run,
+        epoch=epoch,
+        plan=desk.plan,
+        nodes=tuple(sorted(credited)),
+        deadline_unix=desk.clock() + desk.settings.score_timeout_s,
+    )
+    entry = epochs.collect_credit(desk.courier, task, federation.members, desk.settings.score_timeout_s)
+    desk.ledger.append_once(("credit", desk.run, epoch), entry, desk.now())
+    _tell(desk.observer, partial(desk.observer.epoch_closed, entry))
+    _cosign(desk)
+
+
+def _cosign(desk: _Desk) -> tuple[str, ...]:
+    return epochs.gather_cosignatures(
+        desk.courier,
+        desk.ledger,
+        desk.federation().members,
+        federation=desk.settings.federation,
+        timeout_s=desk.settings.cosign_timeout_s,
+        witness_sizes=desk.witness_sizes,
+    )
+
+
+def _publish(
+    desk: _Desk, server: ServerState, epsilon_by_node: dict[str, float], resumed_from: int | None
+) -> FederationResult:
+    released = released_weights(server)
+    entry = ModelEntry(
+        run=desk.run,
+        round=desk.plan.rounds,
+        model_hash=model_hash(released),
+        unit=desk.plan.privacy.unit,
+        relation=RELATION,
+        delta=desk.plan.privacy.delta,
+        epsilon_by_node=epsilon_by_node,
+    )
+    desk.ledger.append_once(("model", desk.run), entry, desk.now())
+    cosigned_by = _cosign(desk)
+    credited = desk.federation().credits
+    return FederationResult(
+        run=desk.run,
+        weights=released,
+        last_weights=server.weights,
+        model_hash=entry.model_hash,
+        rounds=desk.state.summaries(desk.run),
+        epsilon_by_node=epsilon_by_node,
+        credits=tuple(credited[key] for key in sorted(credited) if key[0] == desk.run),
+        cosigned_by=cosigned_by,
+        resumed_from=resumed_from,
+    )
+
+
+class GridExchange:
+    """The courier's Exchange over a Flower Grid."""
+
+    def __init__(self, grid: Grid) -> None:
+        self._grid = grid
+
+    def node_ids(self) -> Sequence[int]:
+        """Nodes connected now."""
+        return list(self._grid.get_node_ids())
+
+    def carry(self, messages: Sequence[Outgoing], group: str, timeout_s: float) -> Sequence[Incoming]:
+        """Push with an explicit ttl and pull until every message has its reply or the ttl has passed.
+
+        Flower reports an error with the SuperLink as its sender, so replies are matched by the message they answer.
+        """
+        if not messages:
+            return []
+        pushed = self._grid.push_messages([_message(outgoing, group, timeout_s) for outgoing in messages])
+        # A SuperLink that takes nothing answers with an empty list, one that takes some with gaps.
+        ids = list(pushed) or [""] * len(messages)
+        replies: dict[str, Message] = {}
+        started = time.monotonic()
+        while len(replies) < len([i for i in ids if i]) and time.monotonic() - started < timeout_s + 1:
+            waiting = [i for i in ids if i and i not in replies]
+            replies |= {r.metadata.reply_to_message_id: r for r in self._grid.pull_messages(waiting)}
+            # A tenth of the time waited so far: prompt for quick nodes, gentle with a SuperLink during long rounds.
+            time.sleep(min(0.5, 0.002 + 0.1 * (time.monotonic() - started)))
+        return [_incoming(outgoing.node_id, replies.get(i)) for outgoing, i in zip(messages, ids, strict=True)]
+
+
+def _message(outgoing: Outgoing, group: str, ttl: float) -> Message:
+    record = to_record(outgoing.task, dict(outgoing.arrays))
+    return Message(record, outgoing.node_id, outgoing.message_type, ttl=ttl, group_id=group)
+
+
+def _incoming(node_id: int, reply: Message | None) -> Incoming:
+    if reply is None:
+        return Incoming(node_id, failure=RejectionCode.NO_REPLY)
+    if reply.has_error():
+        return Incoming(node_id, failure=_FAILURES.get(reply.error.code, RejectionCode.TRANSPORT_ERROR))
+    parsed = _attempt(partial(from_record, reply.content))
+    if isinstance(parsed, Exception):
+        return Incoming(node_id, failure=RejectionCode.MALFORMED_REPLY)
+    return Incoming(node_id, body=parsed[0], arrays=parsed[1])
+
+
+def _tell(observer: Observer, call: Callable[[], object]) -> None:
+    """Tell an observer; an outage of a display is reported and loses no round."""
+    failed = _attempt(call)
+    if failed is not None:
+        _log.warning("observer %s failed (%s); the run goes on", type(observer).__name__, type(failed).__name__)
+
+
+def _attempt(call: Callable[[], Outcome]) -> Outcome | Exception:
+    """Call what may fail in any way without harm to the run: a display, or the parser of a hostile reply."""
+    try:
+        return call()
+    except Exception as error:  # noqa: BLE001
+        return error

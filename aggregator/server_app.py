@@ -1,0 +1,96 @@
+"""Flower ServerApp `app`: the same federated run whether a SuperLink or an embedded grid carries the messages.
+
+The aggregator's folder is the only configuration. Its path comes with the run (`aggregator-folder` in the run config,
+or ISLET_AGGREGATOR_HOME where the ServerApp starts); everything else is in the folder.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import numpy as np
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+from numpy.typing import NDArray
+
+from aggregator.progress import Observer, RoundSummary
+from aggregator.rounds import FederationResult, run_federation
+from aggregator.settings import AggregatorFolder, open_folder
+from aggregator.state import hold
+from data_schemas.errors import BadInput
+from data_schemas.ledger import CreditEntry
+
+FOLDER = "aggregator-folder"
+_log = logging.getLogger("islet.aggregator")
+
+app = ServerApp()
+
+
+class LogObserver:
+    """Writes one line per round and epoch to the log."""
+
+    def round_closed(self, summary: RoundSummary) -> None:
+        """Log who was admitted and who was not."""
+        rejected = ", ".join(f"{update.node}: {update.code}" for update in summary.rejected) or "nobody"
+        _log.info(
+            "round %d/%d: %d admitted, rejected %s",
+            summary.round,
+            summary.rounds,
+            len(summary.admitted),
+            rejected,
+        )
+
+    def epoch_closed(self, credit: CreditEntry) -> None:
+        """Log who earned what."""
+        lines = ", ".join(f"{line.node} {line.micro_credits}" for line in credit.lines)
+        _log.info("epoch %d: micro-credits %s, unpaid %d", credit.epoch, lines, credit.unpaid_micro_credits)
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run, or resume, the federation of the folder that the run configuration names."""
+    configured = str(context.run_config.get(FOLDER) or os.environ.get("ISLET_AGGREGATOR_HOME", ""))
+    if not configured:
+        raise BadInput(
+            "the run does not say where the aggregator's folder is",
+            f"give {FOLDER} in the run config, or set ISLET_AGGREGATOR_HOME",
+        )
+    run_folder(grid, open_folder(Path(configured)), LogObserver())
+
+
+def run_folder(grid: Grid, folder: AggregatorFolder, observer: Observer) -> FederationResult:
+    """Run the plan of an aggregator folder over a grid. Raises NodeBusy when another aggregator holds the folder."""
+    with hold(folder.state) as state:
+        ledger = folder.open_ledger()
+        try:
+            return run_federation(
+                grid,
+                folder.settings,
+                folder.load_plan(),
+                load_initial_weights(folder),
+                ledger=ledger,
+                state=state,
+                observer=observer,
+            )
+        finally:
+            ledger.close()
+
+
+def load_initial_weights(folder: AggregatorFolder) -> NDArray[np.float32]:
+    """Start model float32[D] from array `weights` of settings.initial_weights, or of the public warm start."""
+    import pipeline
+
+    named = folder.settings.initial_weights
+    path = folder.path / named if named else Path(pipeline.__file__).with_name("warm_start.npz")
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            weights = np.asarray(arrays["weights"])
+    except (OSError, KeyError, ValueError) as error:
+        raise BadInput(
+            f"cannot read the start model {path.name}", "it is an .npz with a float32 array `weights`"
+        ) from error
+    if weights.ndim != 1 or weights.dtype != np.float32 or not np.isfinite(weights).all():
+        raise BadInput(f"the start model {path.name} is not a finite float32 vector", "export it again as float32[D]")
+    return weights

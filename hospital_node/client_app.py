@@ -1,0 +1,193 @@
+"""The message boundary: Flower ClientApp `app`. Tasks come in, replies or codes go out, nothing else.
+
+Each message opens the node folder afresh and closes it: a ClientApp may be a new process every time, and Flower's
+Context.state does not survive a restart, so everything that must last is in the folder. Flower sends the text of an
+exception to the server; here none gets that far.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+from pydantic import ValidationError
+
+from data_schemas.errors import IsletError, NodeBusy
+from data_schemas.frozen import Frozen
+from data_schemas.messages import (
+    CosignTask,
+    Hello,
+    HelloTask,
+    Refusal,
+    RefusalCode,
+    ReleaseTask,
+    ScoreTask,
+    TrainTask,
+)
+from hospital_node.folder import NodeFolder
+from pipeline.wire import from_record, to_record
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+Arrays = dict[str, "NDArray[np.float32]"]
+Answer = tuple[Frozen, Arrays]
+Handler = Callable[[NodeFolder, bytes, Arrays], Answer]
+Task = TypeVar("Task", bound=Frozen)
+HOME = "home"
+
+app = ClientApp()
+
+
+class _Malformed(Exception):
+    """A message that is not one of ours."""
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """TrainTask with array `weights` float32[D] -> SignedUpdate with array `update` float32[D], or Refusal."""
+    return _reply(message, context, _train)
+
+
+@app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    """ScoreTask with arrays `base` float32[D] and `updates` float32[n, D] -> Scored or Refusal."""
+    return _reply(message, context, _score)
+
+
+@app.query("hello")
+def hello(message: Message, context: Context) -> Message:
+    """HelloTask -> Hello or Refusal."""
+    return _reply(message, context, _hello)
+
+
+@app.query("score")
+def score(message: Message, context: Context) -> Message:
+    """Answer like `evaluate`."""
+    return _reply(message, context, _score)
+
+
+@app.query("release")
+def release(message: Message, context: Context) -> Message:
+    """ReleaseTask -> SignedRelease or Refusal."""
+    return _reply(message, context, _release)
+
+
+@app.query("cosign")
+def cosign(message: Message, context: Context) -> Message:
+    """CosignTask -> Cosigned, WitnessState or Refusal."""
+    return _reply(message, context, _cosign)
+
+
+def _reply(message: Message, context: Context, handle: Handler) -> Message:
+    body, arrays = _answer(message, context, handle)
+    return Message(content=to_record(body, arrays), reply_to=message)
+
+
+def _answer(message: Message, context: Context, handle: Handler) -> Answer:
+    """Answer, or turn whatever went wrong into a code; the node's own log says where. The node's one broad except."""
+    home = _home(context)
+    try:
+        body, arrays = _content(message)
+        with NodeFolder.open(home) as node:
+            return handle(node, body, arrays)
+    except _Malformed:
+        return Refusal(code=RefusalCode.MALFORMED_TASK), {}
+    except NodeBusy:
+        return Refusal(code=RefusalCode.NODE_BUSY), {}
+    except Exception as error:  # noqa: BLE001
+        _log(home, error)
+        return Refusal(code=RefusalCode.INTERNAL), {}
+
+
+def _home(context: Context) -> Path:
+    """Find the node folder: set by whoever starts the node, never by a message."""
+    configured = context.node_config.get(HOME) or os.environ.get("ISLET_NODE_HOME", "")
+    return Path(str(configured))
+
+
+def _content(message: Message) -> tuple[bytes, Arrays]:
+    try:
+        return from_record(message.content)
+    except (KeyError, TypeError, ValueError) as error:
+        raise _Malformed from error
+
+
+def _parsed(kind: type[Task], body: bytes) -> Task:
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as error:
+        raise _Malformed from error
+
+
+def _array(arrays: Arrays, name: str, dimensions: int) -> NDArray[np.float32]:
+    array = arrays.get(name)
+    if array is None or array.dtype != np.float32 or array.ndim != dimensions:
+        raise _Malformed
+    return array
+
+
+def _hello(node: NodeFolder, body: bytes, _arrays: Arrays) -> Answer:
+    task, settings = _parsed(HelloTask, body), node.settings
+    if task.federation != settings.federation:
+        return Refusal(code=RefusalCode.UNKNOWN_FEDERATION), {}
+    answer = Hello(
+        node=settings.name,
+        public_key=node.key.public.hex,
+        declared_training_patients=settings.declared_training_patients,
+        declared_heldout_patients=settings.declared_heldout_patients,
+    )
+    return answer, {}
+
+
+def _train(node: NodeFolder, body: bytes, arrays: Arrays) -> Answer:
+    from hospital_node import local_round
+
+    outcome = local_round.train(node, _parsed(TrainTask, body), _array(arrays, "weights", 1), time.time())
+    if isinstance(outcome, Refusal):
+        return outcome, {}
+    return outcome[0], {"update": outcome[1]}
+
+
+def _score(node: NodeFolder, body: bytes, arrays: Arrays) -> Answer:
+    from hospital_node import scoring
+
+    task = _parsed(ScoreTask, body)
+    return scoring.score(node, task, _array(arrays, "base", 1), _array(arrays, "updates", 2)), {}
+
+
+def _release(node: NodeFolder, body: bytes, _arrays: Arrays) -> Answer:
+    from hospital_node.release import release as release_epoch
+
+    return release_epoch(node, _parsed(ReleaseTask, body), time.time()), {}
+
+
+def _cosign(node: NodeFolder, body: bytes, _arrays: Arrays) -> Answer:
+    from hospital_node import witness
+
+    return witness.cosign(node, _parsed(CosignTask, body), int(time.time())), {}
+
+
+def _log(home: Path, error: Exception) -> None:
+    """One line in reports/node.log: when, what kind of error, where in the code. Its text only where we wrote it.
+
+    Texts of other libraries' errors may quote a value; ours never do. A log that cannot be written stops nothing.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "?"
+    text = f" {error.message}" if isinstance(error, IsletError) else ""
+    moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    line = f"{moment} {type(error).__name__} at {where}{text}".replace("\n", " ")
+    try:
+        descriptor = os.open(home / "reports" / "node.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    except OSError:
+        return
+    with os.fdopen(descriptor, "a", encoding="utf-8") as log:
+        log.write(line + "\n")

@@ -1,0 +1,172 @@
+"""One training round at the hospital: check, reserve the budget, train privately, sign, commit, and only then answer.
+
+Readings -> windows -> clipped and noised update -> SignedUpdate. Everything that can fail without touching the privacy
+budget (the plan, the deadline, the store) is looked at before the reservation.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_schemas.canonical import bytes_hash, canonical_bytes, content_hash
+from data_schemas.messages import PrivacySpend, Refusal, RefusalCode, SignedUpdate, TrainTask, UpdateManifest
+from hospital_node import replies
+from hospital_node.budget import BudgetBook, BudgetExhausted, Reservation
+from hospital_node.ceilings import Declined, check_training, require
+from hospital_node.cohorts import training_windows
+from hospital_node.folder import NodeFolder
+from hospital_node.randomness import noise_source
+from pipeline.signing import write_durably
+
+if TYPE_CHECKING:
+    from pipeline.windows import Windows
+
+Vector = NDArray[np.float32]
+# Lightning and the warnings filter are process-wide; in the embedded federation every node is a thread.
+_TRAINING = threading.Lock()
+# A round may take this many times as long as the last one did before it counts as late.
+_SLACK = 1.5
+
+
+def train(node: NodeFolder, task: TrainTask, weights: Vector, now_unix: float) -> tuple[SignedUpdate, Vector] | Refusal:
+    """Train one round from base weights float32[D]; the update is a difference float32[D].
+
+    A task that was answered before gets the stored answer, bit for bit: no second release, no second cost. Raises what
+    the store, the keys and the budget book raise; the caller turns that into a code.
+    """
+    try:
+        return _train(node, task, weights, now_unix)
+    except Declined as declined:
+        return Refusal(code=declined.code)
+    except BudgetExhausted:
+        return Refusal(code=RefusalCode.BUDGET_EXHAUSTED)
+
+
+def expected_seconds(node: NodeFolder) -> float:
+    """How long the next round will take: as long as the last one; 0 where nothing is known yet."""
+    try:
+        return float(json.loads(node.last_round_json.read_bytes())["seconds"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0.0
+
+
+def utc_text(unix: float) -> str:
+    """Time in seconds since 1970 as ISO 8601, UTC, to the second."""
+    return datetime.fromtimestamp(unix, UTC).isoformat(timespec="seconds")
+
+
+def _train(node: NodeFolder, task: TrainTask, weights: Vector, now_unix: float) -> tuple[SignedUpdate, Vector]:
+    started = time.monotonic()
+    require(task.federation == node.settings.federation, RefusalCode.UNKNOWN_FEDERATION)
+    require(_is_base(task, weights), RefusalCode.MODEL_MISMATCH)
+    book = node.budget()
+    if (stored := book.stored_reply(task.task_id)) is not None:
+        return replies.unpack(SignedUpdate, stored)
+    check_training(node.settings, book, task.plan, task.run, task.round)
+    windows = training_windows(node, task.plan.model.history_minutes)
+    _check_deadline(node, now_unix + time.monotonic() - started, task.deadline_unix)
+    reservation = _reserve(node, book, task, now_unix)
+    begun = time.monotonic()
+    update = _update(node, task, weights, windows)
+    _remember_duration(node, time.monotonic() - begun)
+    signed = _sign(node, task, update, reservation)
+    return replies.unpack(SignedUpdate, book.commit(task.task_id, replies.pack(signed, update)))
+
+
+def _is_base(task: TrainTask, weights: Vector) -> bool:
+    from pipeline.forecaster import ForecasterSpec, weight_count
+
+    return (
+        weights.dtype == np.float32
+        and weights.shape == (weight_count(ForecasterSpec(hidden_size=task.plan.model.hidden_size)),)
+        and bool(np.isfinite(weights).all())
+        and bytes_hash(np.ascontiguousarray(weights).tobytes()) == task.base_model_hash
+    )
+
+
+def _check_deadline(node: NodeFolder, now_unix: float, deadline_unix: float) -> None:
+    """Decline a round that would not be done in time; halve the estimate each time: one slow round locks nobody out."""
+    seconds = expected_seconds(node)
+    if now_unix + _SLACK * seconds < deadline_unix:
+        return
+    if now_unix < deadline_unix:
+        _remember_duration(node, seconds / 2)
+    raise Declined(RefusalCode.DEADLINE_TOO_CLOSE)
+
+
+def _reserve(node: NodeFolder, book: BudgetBook, task: TrainTask, now_unix: float) -> Reservation:
+    reserved = book.reserve(
+        task.task_id,
+        "training",
+        task.plan.privacy.unit,
+        task.plan.round_event,
+        asked_by=task.federation,
+        run=task.run,
+        at=utc_text(now_unix),
+        ceiling_epsilon=node.settings.max_epsilon_training,
+        delta=task.plan.privacy.delta,
+    )
+    if isinstance(reserved, bytes):
+        raise TypeError("a committed task is answered before it is reserved")
+    return reserved
+
+
+def _update(node: NodeFolder, task: TrainTask, weights: Vector, windows: Windows) -> Vector:
+    import torch
+
+    from pipeline.forecaster import ForecasterSpec
+    from pipeline.private_training import LocalPlan, train_steps
+
+    torch.set_num_threads(1)  # nodes may share a machine: more threads than cores slow everybody down
+    privacy, local = task.plan.privacy, task.plan.local
+    plan = LocalPlan(
+        steps=local.steps_per_round,
+        learning_rate=local.learning_rate,
+        sample_rate=privacy.sample_rate,
+        noise_multiplier=privacy.noise_multiplier,
+        max_grad_norm=privacy.max_grad_norm,
+        windows_per_patient=local.windows_per_patient,
+        trainable=local.trainable,
+    )
+    spec = ForecasterSpec(hidden_size=task.plan.model.hidden_size)
+    source = noise_source(node.settings, task.plan, task.run, f"round {task.round} from {task.base_model_hash}")
+    with _TRAINING:
+        result = train_steps(weights, spec, windows, plan, node.settings.declared_training_patients, source)
+    return np.ascontiguousarray(result.delta, dtype=np.float32)
+
+
+def _remember_duration(node: NodeFolder, seconds: float) -> None:
+    write_durably(node.last_round_json, canonical_bytes({"seconds": round(seconds, 3)}) + b"\n", mode=0o600)
+
+
+def _sign(node: NodeFolder, task: TrainTask, update: Vector, reservation: Reservation) -> SignedUpdate:
+    manifest = UpdateManifest(
+        federation=task.federation,
+        run=task.run,
+        round=task.round,
+        node=node.settings.name,
+        plan_hash=content_hash(task.plan),
+        base_model_hash=task.base_model_hash,
+        update_hash=bytes_hash(update.tobytes()),
+        declared_patients=node.settings.declared_training_patients,
+        spend=spend_of(reservation),
+        budget_head=reservation.head,
+    )
+    return SignedUpdate(manifest=manifest, signature=node.key.sign(manifest))
+
+
+def spend_of(reservation: Reservation) -> PrivacySpend:
+    """Tell the federation what a reservation cost."""
+    return PrivacySpend(
+        unit=reservation.unit,
+        event=reservation.event,
+        epsilon_after=reservation.epsilon_after,
+        delta=reservation.delta,
+    )

@@ -1,0 +1,192 @@
+"""Credit at home: every coalition of a round is scored on this node's held-out patients; the scores stay at the node.
+
+Coalition models are built from updates that are already private, so they cost training patients nothing. What a
+held-out patient's readings say about them is summed over a credit epoch and released once, clipped and noised
+(hospital_node.release). Per-round exact Shapley values (FedSV, Wang et al. 2020) are linear in the utility, so they may
+be summed first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_schemas.canonical import bytes_hash, content_hash
+from data_schemas.messages import Refusal, RefusalCode, Scored, ScoreTask, SignedUpdate, TrainTask
+from data_schemas.units import HORIZON_MINUTES
+from hospital_node import replies, scores
+from hospital_node.cohorts import held_out_windows
+from hospital_node.folder import NodeFolder
+from pipeline.shapley import MAX_NODES, coalition_masks, exact_shapley
+
+Vector = NDArray[np.float32]
+_SCORED_MINUTES = (30, 60)
+_COLUMNS = tuple(HORIZON_MINUTES.index(minutes) for minutes in _SCORED_MINUTES)
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Windows of the held-out patients: x float32[W,T,F], last float32[W], target and mask [W,2] at 30 and 60 minutes.
+
+    owner: int64[W], position of each window's patient in `patients`.
+    """
+
+    patients: tuple[str, ...]
+    owner: NDArray[np.int64]
+    x: Vector
+    last: Vector
+    target: Vector
+    mask: NDArray[np.bool_]
+
+
+def score(node: NodeFolder, task: ScoreTask, base: Vector, updates: Vector) -> Scored | Refusal:
+    """Score a round's coalitions on this node's held-out patients and keep the result at home. base [D], updates [n,D].
+
+    Idempotent: the same task again changes nothing, another task for the same round replaces its scores.
+    Only an acknowledgement leaves, the same whatever the readings say.
+    """
+    if task.federation != node.settings.federation:
+        return Refusal(code=RefusalCode.UNKNOWN_FEDERATION)
+    if not _well_formed(task, base, updates):
+        return Refusal(code=RefusalCode.MALFORMED_TASK)
+    if not _as_signed(node, task, base, updates):
+        return Refusal(code=RefusalCode.MODEL_MISMATCH)
+    place, task_hash = scores.Place(task.run, task.epoch, task.round), content_hash(task)
+    if not scores.is_scored(node.scores_db, place, task_hash):
+        held_out = load_held_out(node, task.plan.model.history_minutes, task.plan.credit.windows_per_patient)
+        by_patient = shapley_by_patient(task, base, updates, held_out)
+        scores.put(node.scores_db, place, task_hash, task.nodes, by_patient)
+    return Scored(round=task.round, new_model_hash=task.new_model_hash)
+
+
+def shapley_by_patient(
+    task: ScoreTask, base: Vector, updates: Vector, held_out: HeldOut
+) -> dict[str, NDArray[np.float64]]:
+    """Exact Shapley vector float64[n], in mg/dL, of every held-out patient."""
+    models = coalition_models(base, updates, np.array(task.shares), task.plan.server.learning_rate)
+    utilities = patient_utilities(models, 1 << len(task.nodes), held_out, task.plan.model.hidden_size)
+    return dict(zip(held_out.patients, exact_shapley(utilities), strict=True))
+
+
+def coalition_models(
+    base: Vector, updates: Vector, shares: NDArray[np.float64], learning_rate: float
+) -> Iterator[Vector]:
+    """Weights float32[D], base + learning_rate * sum over S of share_i * update_i, for S in coalition_masks' order."""
+    weighted = learning_rate * shares[:, None] * updates.astype(np.float64)
+    for members in coalition_masks(len(shares)):
+        yield (base + members @ weighted).astype(np.float32)
+
+
+def patient_utilities(models: Iterator[Vector], count: int, held_out: HeldOut, hidden_size: int) -> NDArray[np.float64]:
+    """Return utilities float64[P, count]: minus the mean of a patient's RMSE at 30 and at 60 minutes, in mg/dL.
+
+    Models that differ in their heads alone share the LSTM's features, computed once. A patient without a target at a
+    horizon has 0 there for every model, which is worth nothing to anybody.
+    """
+    import torch
+
+    from pipeline.forecaster import Forecaster, ForecasterSpec, clip_to_sensor, load_flat
+
+    utilities = np.zeros((len(held_out.patients), count))
+    if not len(held_out.x):
+        return utilities
+    torch.set_num_threads(1)  # nodes may share a machine: more threads than cores slow everybody down
+    model = Forecaster(ForecasterSpec(hidden_size=hidden_size))
+    heads = sum(p.numel() for head in (model.mean_head, model.quantile_head) for p in head.parameters())
+    x, last = torch.from_numpy(held_out.x), torch.from_numpy(held_out.last)
+    trunk: Vector | None = None
+    with torch.inference_mode():
+        for position, weights in enumerate(models):
+            load_flat(model, weights)
+            if trunk is None or not np.array_equal(trunk, weights[:-heads]):
+                trunk, encoded = weights[:-heads], model.encode(x)
+            forecast = clip_to_sensor(*model.read_out(encoded), last)[0]
+            utilities[:, position] = _utility(forecast.numpy()[:, _COLUMNS], held_out)
+    return utilities
+
+
+def load_held_out(node: NodeFolder, history_minutes: int, windows_per_patient: int) -> HeldOut:
+    """Up to `windows_per_patient` windows of every held-out patient, evenly spread over the record: always the same."""
+    windows = held_out_windows(node, history_minutes)
+    chosen = [_spread(windows.anchors[a:b], windows_per_patient) for a, b in windows.by_patient()]
+    owner = np.repeat(np.arange(len(chosen)), [len(anchors) for anchors in chosen])
+    batch = windows.gather(np.concatenate([*chosen, np.zeros(0, dtype=np.int64)]))
+    return HeldOut(
+        patients=windows.series.patients,
+        owner=owner.astype(np.int64),
+        x=batch.x,
+        last=batch.last,
+        target=batch.y[:, _COLUMNS],
+        mask=batch.mask[:, _COLUMNS],
+    )
+
+
+def _spread(anchors: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+    if len(anchors) <= count:
+        return anchors
+    return anchors[np.linspace(0, len(anchors) - 1, count).round().astype(np.int64)]
+
+
+def _utility(forecast: Vector, held_out: HeldOut) -> NDArray[np.float64]:
+    """float64[P] from forecasts [W,2]."""
+    squared = np.where(held_out.mask, (forecast - held_out.target).astype(np.float64) ** 2, 0.0)
+    count = len(held_out.patients)
+    total = np.zeros(count)
+    for column in range(len(_COLUMNS)):
+        sums = np.bincount(held_out.owner, squared[:, column], minlength=count)
+        seen = np.bincount(held_out.owner, held_out.mask[:, column], minlength=count)
+        total += np.sqrt(sums / np.maximum(seen, 1))
+    return -total / len(_COLUMNS)
+
+
+def _well_formed(task: ScoreTask, base: Vector, updates: Vector) -> bool:
+    from pipeline.forecaster import ForecasterSpec, weight_count
+
+    count, dimension = len(task.nodes), weight_count(ForecasterSpec(hidden_size=task.plan.model.hidden_size))
+    return (
+        1 <= count <= MAX_NODES
+        and len(set(task.nodes)) == count == len(task.shares) == len(task.update_hashes)
+        and all(share > 0 for share in task.shares)
+        and math.isclose(sum(task.shares), 1.0, abs_tol=1e-9)
+        and base.dtype == updates.dtype == np.float32
+        and base.shape == (dimension,)
+        and updates.shape == (count, dimension)
+        and bool(np.isfinite(base).all() and np.isfinite(updates).all())
+    )
+
+
+def _as_signed(node: NodeFolder, task: ScoreTask, base: Vector, updates: Vector) -> bool:
+    """Check the hashes, this node's own update, and the new model where no momentum of the server hides it."""
+    hashes = [bytes_hash(np.ascontiguousarray(update).tobytes()) for update in updates]
+    if bytes_hash(np.ascontiguousarray(base).tobytes()) != task.base_model_hash or hashes != list(task.update_hashes):
+        return False
+    own = dict(zip(task.nodes, hashes, strict=True)).get(node.settings.name)
+    if own is not None and own != _signed_hash(node, task):
+        return False
+    return task.plan.server.momentum > 0 or bytes_hash(_stepped(task, base, updates).tobytes()) == task.new_model_hash
+
+
+def _signed_hash(node: NodeFolder, task: ScoreTask) -> str | None:
+    """Hash of the update this node committed for the same round, plan and base."""
+    asked = TrainTask(
+        federation=task.federation,
+        run=task.run,
+        round=task.round,
+        plan=task.plan,
+        base_model_hash=task.base_model_hash,
+        deadline_unix=0.0,
+    )
+    reply = node.budget().stored_reply(asked.task_id)
+    return None if reply is None else replies.unpack(SignedUpdate, reply)[0].manifest.update_hash
+
+
+def _stepped(task: ScoreTask, base: Vector, updates: Vector) -> Vector:
+    """Weights after a server step without momentum, in float64 and in the order of the nodes."""
+    mean = np.zeros(len(base), dtype=np.float64)
+    for share, update in zip(task.shares, updates, strict=True):
+        mean += share * update.astype(np.float64)
+    return (base.astype(np.float64) + task.plan.server.learning_rate * mean).astype(np.float32)

@@ -1,0 +1,186 @@
+"""Time stamps of an export: text to local wall clock to UTC, by declaration and never by guess."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import date
+from typing import TypeAlias
+from zoneinfo import ZoneInfo
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from data_schemas.errors import BadInput
+from data_schemas.layout import Times
+
+Bool: TypeAlias = npt.NDArray[np.bool_]
+Int: TypeAlias = npt.NDArray[np.int64]
+
+_DAY_S = 86_400
+_SHARE_REFUSED = 0.5
+_ORDER_HINT = "name the order: in the layout, give `formats` as day first (%d/%m/%Y) or month first (%m/%d/%Y)"
+
+
+@dataclass(frozen=True, slots=True)
+class Stamps:
+    """Per row: UTC time (NaT: none), local wall clock (NaT: unreadable, or had an offset), clock-change mark."""
+
+    measured_at: pd.Series
+    local: pd.Series
+    clock_change: Bool
+
+
+def zone_of(name: str | None) -> ZoneInfo:
+    """Return the IANA zone. Raises BadInput when there is none or it is unknown: a zone is never guessed."""
+    hint = "set the node's zone to an IANA name such as Europe/London"
+    if not name:
+        raise BadInput("the time zone of the export is not known", hint)
+    try:
+        return ZoneInfo(name)
+    except (KeyError, ValueError, OSError):
+        raise BadInput(f"{name!r} is not a time zone", hint) from None
+
+
+def read_stamps(text: pd.Series, files: Int, labels: tuple[str, ...], times: Times, zone: str | None) -> Stamps:
+    """Return UTC times of the stamps in `text`.
+
+    files: each row's file number; labels: what the files are called in errors. Raises BadInput when the date order is
+    ambiguous or contradicted by the data, when most of a file's stamps do not fit the formats, and when a zone is
+    needed and none is given. A stamp that does not parse is NaT, and so is one that a clock change skipped or
+    repeated (marked).
+    """
+    text = text.str.strip()
+    if times.clock_only:
+        local, absolute = _count_days(text, files, labels, times), _nothing(text)
+    else:
+        local, absolute = _parse(text, files, labels, times)
+    _refuse_unreadable((local.isna() & absolute.isna()).to_numpy(), files, labels, times)
+    if not local.notna().any():
+        return Stamps(absolute, local, np.zeros(len(text), dtype=np.bool_))
+    measured_at, clock_change = to_utc(local, files, zone_of(zone))
+    return Stamps(measured_at.where(absolute.isna(), absolute), local, clock_change)
+
+
+def to_utc(local: pd.Series, files: Int, zone: ZoneInfo) -> tuple[pd.Series, Bool]:
+    """Return UTC times of local wall-clock times and the mask of those that a clock change leaves without one.
+
+    A time that did not exist has none. A repeated hour is settled by order where that is exact: within one file
+    the clock goes back once, by 30 minutes or more, inside the hour; rows before are summer time, rows after
+    standard time.
+    """
+    settled = local.dt.tz_localize(zone, ambiguous="NaT", nonexistent="NaT")
+    exists = local.dt.tz_localize(zone, ambiguous=np.ones(len(local), dtype=np.bool_), nonexistent="NaT")
+    repeated = (settled.isna() & exists.notna()).to_numpy()
+    if repeated.any():
+        summer, known = _by_order(local, files, repeated)
+        chosen = local.dt.tz_localize(zone, ambiguous=summer, nonexistent="NaT")
+        settled = settled.where(~(repeated & known), chosen)
+    clock_change = (settled.isna() & local.notna()).to_numpy()
+    return settled.dt.tz_convert("UTC").astype("datetime64[s, UTC]"), clock_change
+
+
+def _by_order(local: pd.Series, files: Int, repeated: Bool) -> tuple[Bool, Bool]:
+    """Return, for repeated wall-clock times, whether each is summer time, and whether its file's order tells."""
+    summer, known = np.zeros(len(local), dtype=np.bool_), np.zeros(len(local), dtype=np.bool_)
+    rows = np.flatnonzero(repeated)
+    seconds = _epoch_s(local)[rows]
+    nights = pd.DataFrame({"file": files[rows], "day": seconds // _DAY_S, "at": np.arange(len(rows))})
+    for _, night in nights.groupby(["file", "day"], sort=False):
+        at = night["at"].to_numpy()
+        back = np.flatnonzero(np.diff(seconds[at]) < 0)
+        if len(back) == 1 and seconds[at[back[0]]] - seconds[at[back[0] + 1]] >= 1800:
+            known[rows[at]] = True
+            summer[rows[at[: back[0] + 1]]] = True
+    return summer, known
+
+
+def _nothing(text: pd.Series) -> pd.Series:
+    return pd.Series(pd.NaT, index=text.index, dtype="datetime64[s, UTC]")
+
+
+def _strptime(text: pd.Series, form: str) -> pd.Series:
+    return pd.to_datetime(text, format=form, errors="coerce").astype("datetime64[s]")
+
+
+def _parse(text: pd.Series, files: Int, labels: tuple[str, ...], times: Times) -> tuple[pd.Series, pd.Series]:
+    """Return local times and, for stamps with an offset, UTC times; NaT where neither."""
+    local, absolute = pd.Series(pd.NaT, index=text.index, dtype="datetime64[s]"), _nothing(text)
+    forms = (_settle_order(text, times.formats),) if times.order == "auto" else times.formats
+    for form in forms:
+        left = (local.isna() & absolute.isna() & text.notna()).to_numpy()
+        if not left.any():
+            break
+        if form.endswith("%z"):
+            moments = pd.to_datetime(text[left], format=form, errors="coerce", utc=True)
+            absolute[left] = moments.astype("datetime64[s, UTC]")
+        else:
+            local[left] = _strptime(text[left], form)
+            if times.order == "declared":
+                _refuse_other_order(text[left], local[left], files[left], labels, form)
+    return local, absolute
+
+
+def _settle_order(text: pd.Series, forms: tuple[str, ...]) -> str:
+    """Return the one format that fits every stamp; of several that agree on every stamp, the first."""
+    present = text.dropna()
+    fitting = {form: parsed for form in forms if (parsed := _strptime(present, form)).notna().all()}
+    if not fitting:
+        raise BadInput(f"no format of the layout fits every time stamp (tried {', '.join(forms)})", _ORDER_HINT)
+    first, *others = fitting.values()
+    if any(not other.equals(first) for other in others):
+        raise BadInput("the date order is ambiguous: no stamp has a day above 12", _ORDER_HINT)
+    return next(iter(fitting))
+
+
+def _refuse_other_order(text: pd.Series, local: pd.Series, files: Int, labels: tuple[str, ...], form: str) -> None:
+    """Refuse a file whose stamps make sense only with day and month the other way round."""
+    if not form.startswith(("%d", "%m")):
+        return
+    swapped = _strptime(text, form.translate(str.maketrans("dm", "md")))
+    for number in np.unique(files):
+        mine = files == number
+        declared, other = local[mine], swapped[mine]
+        lost, lost_other = declared.isna().mean(), other.isna().mean()
+        jumps = _widest_step_days(declared) >= 20 and _widest_step_days(other) < 2
+        if (lost > 0.05 and lost_other < 0.05) or (lost == lost_other == 0 and jumps):
+            raise BadInput(f"{labels[number]}: its dates do not fit the declared order {form}", _ORDER_HINT)
+
+
+def _refuse_unreadable(lost: Bool, files: Int, labels: tuple[str, ...], times: Times) -> None:
+    share = np.bincount(files, weights=lost, minlength=len(labels)) / np.maximum(
+        np.bincount(files, minlength=len(labels)), 1
+    )
+    worst = int(np.argmax(share))
+    if share[worst] > _SHARE_REFUSED:
+        raise BadInput(
+            f"{labels[worst]}: {share[worst]:.0%} of its time stamps fit none of {', '.join(times.formats)}",
+            "check that the layout is the one of this export, and its time formats",
+        )
+
+
+def _count_days(text: pd.Series, files: Int, labels: tuple[str, ...], times: Times) -> pd.Series:
+    """Return local times of clock-only stamps: each time the clock goes back within a file, a day has passed."""
+    clock = pd.Series(pd.NaT, index=text.index, dtype="datetime64[s]")
+    for form in times.formats:
+        clock = clock.fillna(_strptime(text, form))
+    second = pd.Series(_epoch_s(clock) % _DAY_S, index=text.index).where(clock.notna())
+    back = second.ffill().groupby(files).diff().fillna(0.0)
+    doubtful = (back < 0) & (back > -_DAY_S / 2)
+    if doubtful.any():
+        raise BadInput(
+            f"{labels[files[int(np.argmax(doubtful.to_numpy()))]]}: the clock goes back by less than half a day",
+            "a layout without dates needs rows in time order; export the file with dates if you can",
+        )
+    days = (back < 0).groupby(files).cumsum()
+    origin = pd.Timestamp(times.origin_date or date(1970, 1, 1))
+    return (origin + pd.to_timedelta(days * _DAY_S + second, unit="s")).astype("datetime64[s]")
+
+
+def _widest_step_days(local: pd.Series) -> float:
+    seconds = np.sort(_epoch_s(local.dropna()))
+    return float(np.diff(seconds).max() / _DAY_S) if len(seconds) > 1 else 0.0
+
+
+def _epoch_s(local: pd.Series) -> Int:
+    return local.to_numpy().astype("datetime64[s]").astype(np.int64)

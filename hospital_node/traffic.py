@@ -1,0 +1,125 @@
+"""What every request of the endpoint passes: a bound on its body, and the counts behind /metrics. Plain ASGI."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter, defaultdict
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any, TypeAlias
+
+from hospital_node.problems import PROBLEM_JSON, Problem, problem
+
+MAX_BODY_BYTES = 256 * 1024
+# The outcome that a handler notes in the request's scope, where the status alone would say too little.
+OUTCOME = "islet.outcome"
+
+Message: TypeAlias = MutableMapping[str, Any]
+Receive: TypeAlias = Callable[[], Awaitable[Message]]
+Send: TypeAlias = Callable[[Message], Awaitable[None]]
+
+
+class Traffic:
+    """Answered requests by route and outcome. Safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._outcomes: Counter[tuple[str, str]] = Counter()
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+
+    def count(self, route: str, outcome: str, seconds: float) -> None:
+        """Note one answered request."""
+        with self._lock:
+            self._outcomes[route, outcome] += 1
+            self._seconds[route] += seconds
+
+    def metrics(self, model: tuple[str, str] | None) -> str:
+        """Write the Prometheus text format 0.0.4: counts only. model: version and hash of the one that answers."""
+        with self._lock:
+            outcomes, seconds = sorted(self._outcomes.items()), sorted(self._seconds.items())
+        lines = ["# HELP islet_requests_total Answered requests.", "# TYPE islet_requests_total counter"]
+        lines += [f'islet_requests_total{{route="{r}",outcome="{o}"}} {n}' for (r, o), n in outcomes]
+        lines += ["# HELP islet_request_seconds Time spent answering.", "# TYPE islet_request_seconds summary"]
+        for route, total in seconds:
+            answered = sum(n for (r, _), n in outcomes if r == route)
+            lines.append(f'islet_request_seconds_sum{{route="{route}"}} {total:.6f}')
+            lines.append(f'islet_request_seconds_count{{route="{route}"}} {answered}')
+        lines += ["# HELP islet_model_info The model that answers.", "# TYPE islet_model_info gauge"]
+        if model is not None:
+            lines.append(f'islet_model_info{{version="{_label(model[0])}",hash="{model[1]}"}} 1')
+        return "\n".join(lines) + "\n"
+
+
+class Counted:
+    """ASGI: count answers by route template; the outcome is the reason against a forecast, or the status."""
+
+    def __init__(self, app: Any, traffic: Traffic) -> None:
+        self.app, self.traffic = app, traffic
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Pass the request on and note how it was answered."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        started, status = time.perf_counter(), 500
+
+        async def noting(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, noting)
+        finally:
+            route = getattr(scope.get("route"), "path", "other")
+            self.traffic.count(route, scope.get(OUTCOME, str(status)), time.perf_counter() - started)
+
+
+class BodyLimit:
+    """ASGI: answer 413 to a body above MAX_BODY_BYTES, declared or streamed, before anything parses it."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Read the body up to the limit, then pass the request on."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        body = await _read_bounded(receive)
+        if body is None:
+            await _send_problem(send, problem(413, "too-large", "Body too large", f"At most {MAX_BODY_BYTES} bytes."))
+            return
+        unread = [body]
+
+        async def replay() -> Message:
+            if unread:
+                return {"type": "http.request", "body": unread.pop(), "more_body": False}
+            return await receive()
+
+        await self.app(scope, replay, send)
+
+
+async def _read_bounded(receive: Receive) -> bytes | None:
+    """Return the whole body, or None as soon as it exceeds the limit. A client that leaves ends the body."""
+    body = bytearray()
+    while True:
+        message = await receive()
+        body += message.get("body", b"")
+        if len(body) > MAX_BODY_BYTES:
+            return None
+        if message["type"] != "http.request" or not message.get("more_body", False):
+            return bytes(body)
+
+
+async def _send_problem(send: Send, answer: Problem) -> None:
+    """Answer and close: the rest of the body stays unread."""
+    headers = [(b"content-type", PROBLEM_JSON.encode()), (b"connection", b"close")]
+    await send({"type": "http.response.start", "status": answer.status, "headers": headers})
+    await send({"type": "http.response.body", "body": answer.to_bytes()})
+
+
+def _label(text: str) -> str:
+    """Escape a label value of the Prometheus text format."""
+    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")

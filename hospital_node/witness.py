@@ -1,0 +1,72 @@
+"""The hospital as a witness of the ledger: it cosigns a checkpoint only when that extends the last one it cosigned.
+
+RFC 6962 section 2.1.2 consistency and C2SP tlog-cosignature. Two hospitals that cosigned different histories could be
+shown to each other, so an aggregator that wants to rewrite the log needs every witness to agree.
+"""
+
+from __future__ import annotations
+
+import json
+
+from pydantic import ValidationError
+
+from data_schemas.canonical import canonical_bytes
+from data_schemas.errors import BadInput, CheckFailed, StorageFailed, Tampered
+from data_schemas.frozen import Frozen
+from data_schemas.messages import Cosigned, CosignTask, Refusal, RefusalCode, WitnessState
+from hospital_node.folder import NodeFolder
+from pipeline import checkpoint
+from pipeline.checkpoint import Checkpoint
+from pipeline.signing import write_durably
+
+
+class _Seen(Frozen):
+    """witness.json: the checkpoint last cosigned."""
+
+    origin: str
+    size: int
+    root_hex: str
+
+
+def cosign(node: NodeFolder, task: CosignTask, at_unix: int) -> Cosigned | WitnessState | Refusal:
+    """Cosign a checkpoint at `at_unix` seconds, or say where this witness stands, or refuse a fork.
+
+    What was cosigned is on the disk before the cosignature is returned: a witness that forgot could be led to cosign
+    two histories. Raises Tampered when witness.json cannot be read.
+    """
+    public_key = node.settings.aggregator_public_key
+    if task.federation != node.settings.federation or public_key is None:
+        return Refusal(code=RefusalCode.UNKNOWN_FEDERATION)
+    try:
+        new = checkpoint.verify_note(task.checkpoint, public_key)
+    except BadInput:
+        return Refusal(code=RefusalCode.MALFORMED_TASK)
+    except CheckFailed:
+        return Refusal(code=RefusalCode.LEDGER_FORK)
+    seen = last_seen(node) or checkpoint.empty(new.origin)
+    if task.old_size != seen.size:
+        return WitnessState(size=seen.size)
+    if not checkpoint.extends(seen, new, task.consistency_proof):
+        return Refusal(code=RefusalCode.LEDGER_FORK)
+    _remember(node, new)
+    return Cosigned(cosignature=checkpoint.cosign(new, node.key, node.settings.name, at_unix))
+
+
+def last_seen(node: NodeFolder) -> Checkpoint | None:
+    """Return the checkpoint this node last cosigned, or None. Raises Tampered."""
+    try:
+        seen = _Seen.model_validate(json.loads(node.witness_json.read_bytes()))
+        return Checkpoint(seen.origin, seen.size, seen.root_hex)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise StorageFailed(f"{node.witness_json}: cannot be read", "Check its owner and mode.") from error
+    except (ValueError, ValidationError, BadInput) as error:
+        raise Tampered(
+            "witness.json", 0, "not a checkpoint", "Restore it from a backup; do not delete it: a witness remembers."
+        ) from error
+
+
+def _remember(node: NodeFolder, new: Checkpoint) -> None:
+    seen = _Seen(origin=new.origin, size=new.size, root_hex=new.root_hex)
+    write_durably(node.witness_json, canonical_bytes(seen) + b"\n", mode=0o600)

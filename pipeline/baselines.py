@@ -1,0 +1,110 @@
+"""Baselines that every forecaster must beat: persistence, a straight line, and ridge regression on 24 lags.
+
+All three are causal by construction: they see a window's history features and its issue reading, as the forecaster
+does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from data_schemas.errors import BadInput
+from data_schemas.units import GRID_MINUTES, HORIZON_MINUTES, SENSOR_MAX_MG_DL, SENSOR_MIN_MG_DL
+from pipeline.windows import _CHANGE_SCALE_MG_DL, FEATURES, Batch, Float32, Windows
+
+LAGS = 24
+LINE_MINUTES = 30
+RIDGE_ALPHA = 1.0
+_BATCH = 8192
+_CHANGE = FEATURES.index("change_from_last")
+_LEVEL = FEATURES.index("level")
+
+
+@dataclass(frozen=True, slots=True)
+class RidgeModel:
+    """Twelve ridge regressions, one per horizon, of the change from the issue reading on the last 24 grid values.
+
+    coefficients: float64[12,L] on L inputs (see `_lags`), intercept: float64[12]; windows: how many it was fitted on.
+    """
+
+    coefficients: npt.NDArray[np.float64]
+    intercept: npt.NDArray[np.float64]
+    windows: int
+
+
+def persistence(batch: Batch) -> Float32:
+    """Forecast the issue reading at every horizon: float32[B,12] in mg/dL."""
+    return np.repeat(batch.last[:, None], len(HORIZON_MINUTES), axis=1).astype(np.float32)
+
+
+def linear(batch: Batch) -> Float32:
+    """Least-squares line over the last 30 minutes of the grid, through the issue reading: float32[B,12] in mg/dL.
+
+    Grid steps carry the last known reading; without an older reading the line is flat.
+    """
+    steps = min(LINE_MINUTES // GRID_MINUTES + 1, batch.x.shape[1])
+    back = -np.arange(steps - 1, -1, -1, dtype=np.float64) * GRID_MINUTES
+    change = batch.x[:, -steps:, _CHANGE].astype(np.float64) * _CHANGE_SCALE_MG_DL
+    slope = change @ back / max(float(back @ back), 1.0)
+    return _clip(batch.last[:, None] + slope[:, None] * np.asarray(HORIZON_MINUTES, dtype=np.float64))
+
+
+def ridge(model: RidgeModel, batch: Batch) -> Float32:
+    """Forecast of a fitted ridge model: float32[B,12] in mg/dL, clipped to what a sensor reports."""
+    lags = _lags(batch)
+    if lags.shape[1] != model.coefficients.shape[1]:
+        raise ValueError(f"fitted on {model.coefficients.shape[1]} lags, got {lags.shape[1]}")
+    return _clip(batch.last[:, None] + lags @ model.coefficients.T + model.intercept)
+
+
+def fit_ridge(windows_list: Sequence[Windows], *, max_windows: int = 200_000) -> RidgeModel:
+    """Fit on the windows of all these cohorts together.
+
+    At most max_windows are used: every n-th of each cohort, n the smallest stride that fits. Each horizon is fitted
+    on the windows that have a real reading there. No randomness: equal input gives an equal model. Raises BadInput
+    when a horizon has no target.
+    """
+    from sklearn.linear_model import Ridge
+
+    stride = max(1, -(-sum(len(w) for w in windows_list) // max_windows))
+    batches = [b for w in windows_list for b in _batches(w, stride)]
+    count = sum(len(b.last) for b in batches)
+    hint = "give more people or a longer record to fit on"
+    if not count:
+        raise BadInput("there is no window to fit the ridge baseline on", hint)
+    lags = np.concatenate([_lags(b) for b in batches])
+    change = np.concatenate([b.y.astype(np.float64) - b.last[:, None] for b in batches])
+    mask = np.concatenate([b.mask for b in batches])
+    if not mask.any(axis=0).all():
+        raise BadInput("a forecast horizon has no real reading to fit the ridge baseline on", hint)
+    fits: list[Any] = [
+        Ridge(alpha=RIDGE_ALPHA, solver="cholesky").fit(lags[rows], change[rows, h]) for h, rows in enumerate(mask.T)
+    ]
+    return RidgeModel(
+        np.stack([f.coef_ for f in fits]), np.array([f.intercept_ for f in fits], dtype=np.float64), count
+    )
+
+
+def _batches(windows: Windows, stride: int) -> Iterator[Batch]:
+    anchors = windows.anchors[::stride]
+    for at in range(0, len(anchors), _BATCH):
+        yield windows.gather(anchors[at : at + _BATCH])
+
+
+def _lags(batch: Batch) -> npt.NDArray[np.float64]:
+    """float64[B,L], L = min(24, T): change from the issue reading at the older lags, then the issue reading's level.
+
+    The same space as 24 raw values, but a small penalty then pulls towards persistence instead of towards zero
+    glucose.
+    """
+    change = batch.x[:, -LAGS:-1, _CHANGE]
+    return np.concatenate([change, batch.x[:, -1:, _LEVEL]], axis=1).astype(np.float64)
+
+
+def _clip(forecast: npt.NDArray[np.float64]) -> Float32:
+    return np.clip(forecast, SENSOR_MIN_MG_DL, SENSOR_MAX_MG_DL).astype(np.float32)

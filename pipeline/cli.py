@@ -1,0 +1,380 @@
+"""The command line: each command parses, calls one function of a room, and prints. Errors end with what to do.
+
+Exit codes: 0 done; 1 a check ran and failed; 2 wrong use or bad input, and nothing was changed.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from data_schemas.errors import BadInput, IsletError
+
+if TYPE_CHECKING:
+    from hospital_node.budget import Cohort
+    from hospital_node.folder import NodeFolder
+    from hospital_node.settings import NodeSettings, Source
+    from pipeline.export import LoadedModel
+
+app = typer.Typer(
+    name="islet",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode=None,
+    help="Hospitals train one glucose forecaster together; no reading leaves a hospital.",
+)
+node = typer.Typer(no_args_is_help=True, help="A hospital's node: readings, privacy budget, forecasts.")
+aggregator = typer.Typer(no_args_is_help=True, help="The federation's aggregator: rounds and credit.")
+ledger = typer.Typer(no_args_is_help=True, help="The credit ledger: verify, show, export.")
+app.add_typer(node, name="node")
+app.add_typer(aggregator, name="aggregator")
+app.add_typer(ledger, name="ledger")
+
+NodePath = Annotated[Path, typer.Argument(metavar="NODE", help="The node's folder.")]
+AggregatorPath = Annotated[Path, typer.Argument(metavar="AGGREGATOR", help="The aggregator's folder.")]
+NodePaths = Annotated[list[Path], typer.Option("--node", help="A node folder on this machine; repeat for each.")]
+LedgerPath = Annotated[Path, typer.Argument(metavar="LEDGER", help="An aggregator's folder, or its ledger.db.")]
+
+
+def main() -> None:
+    """Run the command line; an expected error becomes a message, a hint and an exit code."""
+    try:
+        app()
+    except IsletError as error:
+        hint = f"  what to do: {error.hint}\n" if error.hint else ""
+        sys.stderr.write(f"error: {error.message}\n{hint}")
+        raise SystemExit(error.exit_code) from None
+
+
+def say(line: str = "") -> None:
+    """Print one line at once, so that long work shows its progress."""
+    typer.echo(line)
+    sys.stdout.flush()
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+# --- node -------------------------------------------------------------------------------------------------------
+
+
+@node.command("init")
+def node_init(
+    path: NodePath,
+    name: Annotated[str, typer.Option(help="The hospital's name in the federation: a-z, 0-9 and -.")],
+    federation: Annotated[str, typer.Option(help="The federation's name.")],
+    training: Annotated[int, typer.Option(help="Declared number of patients to train on (published).")],
+    heldout: Annotated[int, typer.Option(help="Declared number of patients held out (published).")],
+    aggregator_key: Annotated[
+        str | None, typer.Option(help="The aggregator's public key, from its invitation.")
+    ] = None,
+    exports: Annotated[Path | None, typer.Option(help="Folder of the device exports.")] = None,
+    layout: Annotated[
+        str | None, typer.Option(help="Layout of the exports: a name, or the path of a TOML file.")
+    ] = None,
+    zone: Annotated[str | None, typer.Option(help="IANA time zone of the exports, such as Europe/Madrid.")] = None,
+) -> None:
+    """Make a node folder: settings, keys, store and budget book."""
+    from hospital_node.folder import NodeFolder
+    from hospital_node.settings import NodeSettings, Source
+
+    if (exports is None) != (layout is None):
+        raise BadInput("--exports and --layout go together", "give both, or neither and edit node.toml later")
+    sources = () if exports is None else (Source(path=str(exports.resolve()), layout=str(layout), zone=zone),)
+    try:
+        settings = NodeSettings(
+            name=name,
+            federation=federation,
+            aggregator_public_key=aggregator_key,
+            sources=sources,
+            declared_training_patients=training,
+            declared_heldout_patients=heldout,
+        )
+    except ValueError as error:
+        raise BadInput("a setting is not valid: " + str(error).splitlines()[1], "see islet node init --help") from error
+    NodeFolder.create(path, settings)
+    say(f"made node {name} in {path}; next: islet node import {path}")
+
+
+def _sources(settings: NodeSettings) -> tuple[Source, ...]:
+    if not settings.sources:
+        raise BadInput("the node has no sources", "add a [[sources]] block with path, layout and zone to node.toml")
+    return settings.sources
+
+
+@node.command("import")
+def node_import(path: NodePath) -> None:
+    """Read, validate and store the exports that node.toml names."""
+    from data_schemas.layout import load_layout
+    from hospital_node.folder import NodeFolder
+    from hospital_node.importing import import_exports
+    from hospital_node.store import Store
+    from hospital_node.validation import render_report
+
+    with NodeFolder.open(path) as home:
+        for source in _sources(home.settings):
+            say(f"importing {source.path} ({source.layout})")
+            layout, store = load_layout(source.layout), Store(home.store)
+            say(render_report(import_exports(Path(source.path), layout, source.zone, home.pseudonym_key, store)))
+
+
+@node.command("validate")
+def node_validate(path: NodePath) -> None:
+    """Check the exports that node.toml names and store nothing; exit 1 when a row would be quarantined."""
+    from data_schemas.layout import load_layout
+    from hospital_node.folder import NodeFolder
+    from hospital_node.intake import read_exports
+    from hospital_node.validation import load_suite, render_report, validate
+
+    clean = True
+    with NodeFolder.open(path) as home:
+        for source in _sources(home.settings):
+            readings = read_exports(Path(source.path), load_layout(source.layout), source.zone, home.pseudonym_key)
+            report = validate(readings, load_suite())[2]
+            say(f"{source.path} ({source.layout})\n{render_report(report)}")
+            clean = clean and not report.quarantined
+    raise typer.Exit(0 if clean else 1)
+
+
+@node.command("status")
+def node_status(path: NodePath) -> None:
+    """Show who the node is, what it holds and what its patients have spent."""
+    from hospital_node.folder import NodeFolder
+    from hospital_node.store import Store
+
+    with NodeFolder.open(path) as home:
+        counts, book = Store(home.store).counts(), home.budget()
+        say(f"node {home.settings.name} of federation {home.settings.federation}")
+        say(f"public key  {home.key.public.hex}")
+        say(f"store       {counts.readings:,} readings of {counts.patients:,} patients")
+        say(f"declared    {home.settings.declared_training_patients} training, "
+            f"{home.settings.declared_heldout_patients} held-out patients")  # fmt: skip
+        for cohort, ceiling in _ceilings(home).items():
+            say(f"privacy     {cohort}: patient-level epsilon {book.spent(cohort):.2f} of {ceiling:.2f}")
+
+
+def _ceilings(home: NodeFolder) -> dict[Cohort, float]:
+    return {"training": home.settings.max_epsilon_training, "heldout": home.settings.max_epsilon_heldout}
+
+
+@node.command("budget")
+def node_budget(path: NodePath) -> None:
+    """Verify the privacy budget book and show what was spent, by whom it was asked, and what is left."""
+    from hospital_node.budget import render
+    from hospital_node.folder import NodeFolder
+
+    with NodeFolder.open(path) as home:
+        book = home.budget()
+        book.verify()
+        say(render(book, _ceilings(home)))
+
+
+@node.command("key")
+def node_key(
+    path: NodePath,
+    patient: Annotated[str, typer.Option(help="Pseudonym the key may ask about; 'all' for every patient.")] = "all",
+) -> None:
+    """Make an API key for the forecast endpoint; it is shown once and only its hash is kept."""
+    from hospital_node.api_keys import create_key
+    from hospital_node.folder import NodeFolder
+
+    with NodeFolder.open(path):
+        say(create_key(path, patient, time.time())[1])
+
+
+@node.command("serve")
+def node_serve(
+    path: NodePath,
+    model: Annotated[Path, typer.Option(help="Folder of an exported model.")],
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = 8080,
+) -> None:
+    """Serve forecasts until stopped. Research use only."""
+    from hospital_node.endpoint import serve
+
+    if not (path / "node.toml").exists():
+        raise BadInput(f"{path} is not a node folder", "make one with `islet node init`")
+    serve(path, model, host, port, ready=lambda running: say(f"serving forecasts at {running.url}"))
+
+
+# --- aggregator -------------------------------------------------------------------------------------------------
+
+
+@aggregator.command("init")
+def aggregator_init(
+    path: AggregatorPath,
+    federation: Annotated[str, typer.Option(help="The federation's name.")],
+    plan: Annotated[Path, typer.Option(help="The training plan's TOML file.")],
+) -> None:
+    """Make an aggregator folder: key, calibrated plan, settings."""
+    from pipeline.demo import found
+
+    folder = found(path, federation, plan)
+    say(f"made the aggregator of {federation} in {path}; public key {folder.key().public.hex}")
+
+
+@aggregator.command("admit")
+def aggregator_admit(path: AggregatorPath, nodes: NodePaths) -> None:
+    """Enter hospitals into the ledger as members."""
+    from aggregator.settings import open_folder
+    from pipeline.demo import admit
+
+    admit(open_folder(path), nodes)
+    say(f"{len(nodes)} hospitals are members")
+
+
+@aggregator.command("run")
+def aggregator_run(
+    path: AggregatorPath,
+    nodes: NodePaths,
+    out: Annotated[Path, typer.Option(help="Folder for the exported model.")] = Path("model"),
+) -> None:
+    """Run, or resume, the federation's training over nodes on this machine, and export the model."""
+    from pipeline.demo import train_federation
+
+    train_federation(path, nodes, out, say)
+
+
+@aggregator.command("status")
+def aggregator_status(path: AggregatorPath) -> None:
+    """Show members, rounds and credit as the ledger tells them."""
+    from aggregator.governance import replay
+    from aggregator.ledger import read_entries
+    from aggregator.settings import open_folder
+
+    folder = open_folder(path)
+    state = replay(read_entries(path / "ledger.db"))
+    say(f"federation {folder.settings.federation}: {len(state.members)} members")
+    for name, member in state.members.items():
+        say(f"  {name:<14} {member.declared_training_patients:>4} training, "
+            f"{member.declared_heldout_patients:>3} held-out patients")  # fmt: skip
+    for run in state.plans:
+        rounds = [number for (of, number) in state.rounds if of == run]
+        say(f"run {run}: {len(rounds)} of {folder.load_plan().rounds} rounds closed")
+    for (run, epoch), credit in state.credits.items():
+        lines = ", ".join(f"{line.node} {line.micro_credits / 1e6:.2f}" for line in credit.lines)
+        say(f"credit of {run} epoch {epoch}: {lines}")
+
+
+# --- ledger -----------------------------------------------------------------------------------------------------
+
+
+def _ledger_file(path: Path) -> Path:
+    file = path / "ledger.db" if path.is_dir() else path
+    if not file.exists():
+        raise BadInput(f"there is no ledger at {file}", "give an aggregator's folder, or its ledger.db")
+    return file
+
+
+@ledger.command("verify")
+def ledger_verify(
+    path: LedgerPath,
+    key: Annotated[
+        str | None, typer.Option(help="The aggregator's public key; default: the one in its folder.")
+    ] = None,
+    witness: Annotated[
+        list[Path] | None, typer.Option(help="A node folder whose cosigned checkpoint must hold.")
+    ] = None,
+) -> None:
+    """Check signatures, order, tree, checkpoints, cosignatures and credits; exit 1 naming what is wrong."""
+    from aggregator.settings import KEY_FILE
+    from aggregator.verification import render_verification, verify_ledger
+    from hospital_node.witness import witnessed_note
+    from pipeline.signing import PrivateKey
+
+    file = _ledger_file(path)
+    public = key or PrivateKey.load(file.parent / KEY_FILE).public.hex
+    witnessed = [note for home in witness or [] if (note := witnessed_note(home))]
+    say(render_verification(verify_ledger(file, public, witnessed)))
+
+
+@ledger.command("show")
+def ledger_show(path: LedgerPath) -> None:
+    """List the entries, a line each."""
+    from aggregator.ledger import read_entries
+    from aggregator.verification import show_entry
+
+    for entry in read_entries(_ledger_file(path)):
+        say(show_entry(entry))
+
+
+@ledger.command("export")
+def ledger_export(path: LedgerPath, out: Annotated[Path, typer.Option(help="JSON lines file to write.")]) -> None:
+    """Write entries and checkpoint as JSON lines, for an auditor."""
+    from aggregator.verification import export
+
+    say(f"{export(_ledger_file(path), out):,} entries written to {out}")
+
+
+# --- the rest ---------------------------------------------------------------------------------------------------
+
+
+@app.command("backtest")
+def backtest_command(
+    readings: Annotated[Path, typer.Option(help="CSV or CSV.gz with patient_id,time,glucose_mg_dl.")],
+    model: Annotated[str, typer.Option(help="Folder of an exported model, or models:/NAME@ALIAS.")],
+    out: Annotated[Path, typer.Option(help="CSV or CSV.gz to write.")],
+    stride_minutes: Annotated[int, typer.Option(help="Minutes between two forecasts of a patient.")] = 15,
+    zone: Annotated[str, typer.Option(help="IANA zone of times that carry none.")] = "UTC",
+) -> None:
+    """Forecast a file of past readings, each forecast from what was known when it was issued."""
+    from pipeline.backtest import backtest
+
+    started = time.monotonic()
+    summary = backtest(readings, _load(model), out, zone, stride_minutes=stride_minutes, progress=_bar())
+    skipped = ", ".join(f"{count:,} {reason}" for reason, count in summary.skipped.items()) or "none"
+    say(f"{summary.readings:,} readings of {summary.patients:,} patients, {summary.forecasts:,} forecasts "
+        f"in {time.monotonic() - started:.0f} s; skipped rows: {skipped}")  # fmt: skip
+
+
+def _load(model: str) -> LoadedModel:
+    from pipeline.export import load_model
+
+    if model.startswith("models:/"):
+        from aggregator.registry import load_exported
+
+        return load_model(load_exported(model, Path.cwd()), threads=2)
+    return load_model(Path(model), threads=2)
+
+
+def _bar() -> Callable[[float], None]:
+    """Progress on a terminal's error stream, in tenths; nothing when the output is not watched."""
+    shown = -1
+
+    def tick(share: float) -> None:
+        nonlocal shown
+        if sys.stderr.isatty() and int(share * 10) > shown:
+            shown = int(share * 10)
+            sys.stderr.write(f"\r{shown * 10:3d} %" + ("\n" if shown >= 10 else ""))
+            sys.stderr.flush()
+
+    return tick
+
+
+@app.command("demo")
+def demo_command(
+    out: Annotated[Path, typer.Option(help="Folder for nodes, aggregator, model and report.")] = Path("demo-run"),
+    rounds: Annotated[int | None, typer.Option(min=1, help="Federated rounds; default: the demo plan's.")] = None,
+    epsilon: Annotated[float | None, typer.Option(help="Patient-level epsilon at delta 1e-5; default 8.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Makes the run repeatable; public data only.")] = 1,
+) -> None:
+    """Six hospitals train one private forecaster on real data: nodes, rounds, credit, registry, endpoint, report."""
+    from pipeline.demo import run_demo
+
+    run_demo(out, rounds, epsilon, seed, say)
+
+
+@app.command("version")
+def version_command() -> None:
+    """Print the version."""
+    from importlib.metadata import version
+
+    say(version("islet-fl"))

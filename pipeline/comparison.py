@@ -1,0 +1,140 @@
+"""The comparison beside every result: the same held-out people, scored under every model a reader would ask about.
+
+Non-private models (ridge, local-only, pooled) exist only to be compared with; where readings may not be pooled, neither
+can they be made. Each LSTM starts from the same public warm start and trains to the same recipe, so they differ only in
+whose readings they saw and under what privacy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from data_schemas.plan import ModelSpec
+from pipeline.baselines import fit_ridge, linear, persistence, ridge
+from pipeline.evaluation import Evaluation, FloatArray, Scored, concat, evaluate, score_windows
+from pipeline.forecaster import Forecaster, ForecasterSpec, predict, unflatten
+from pipeline.private_training import FitPlan, fit
+from pipeline.report import ModelColumn, ResultRow
+from pipeline.windows import Batch, Float32, Windows
+
+Predict = Callable[[Batch], tuple[FloatArray, FloatArray | None]]
+
+OURS = "federated"
+COLUMNS = (
+    ModelColumn("persistence", "the last reading, for ever"),
+    ModelColumn("ridge", "ridge regression on 24 readings, hospitals' readings pooled, no privacy"),
+    ModelColumn("local-only", "LSTM, public start, each hospital alone, no privacy"),
+    ModelColumn("public-only", "LSTM, public start, never saw a hospital"),
+    ModelColumn(OURS, "LSTM, public start, all hospitals, patient-level privacy", is_ours=True),
+    ModelColumn("pooled", "LSTM, public start, hospitals' readings pooled, no privacy"),
+)
+# Steps and rate of the non-private fits, chosen on public people: more steps overfit a hospital of ten patients.
+LOCAL_FIT = FitPlan(steps=150, batch_size=256, learning_rate=1e-3)
+POOLED_FIT = FitPlan(steps=600, batch_size=256, learning_rate=2e-3)
+
+
+@dataclass(frozen=True, slots=True)
+class Cohort:
+    """One hospital's two groups of people; nobody is in both."""
+
+    name: str
+    training: Windows
+    heldout: Windows
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Scores by model label, and our model's forecasts themselves for the pictures."""
+
+    evaluations: dict[str, Evaluation]
+    ours: Scored
+
+
+def fit_local(cohort: Cohort, start: Float32, spec: ModelSpec) -> Float32:
+    """Weights float32[D] of the LSTM that one hospital would train alone, without privacy."""
+    return fit(start, ForecasterSpec(hidden_size=spec.hidden_size), [cohort.training], LOCAL_FIT)
+
+
+def fit_pooled(cohorts: Sequence[Cohort], start: Float32, spec: ModelSpec) -> Float32:
+    """Weights float32[D] of the LSTM trained on everybody's readings, without privacy."""
+    return fit(start, ForecasterSpec(hidden_size=spec.hidden_size), [c.training for c in cohorts], POOLED_FIT)
+
+
+def lstm(weights: Float32, spec: ModelSpec) -> Predict:
+    """Predictor of flat weights float32[D]."""
+    model = unflatten(weights, ForecasterSpec(hidden_size=spec.hidden_size)).eval()
+    return lambda batch: _run(model, batch)
+
+
+def _run(model: Forecaster, batch: Batch) -> tuple[FloatArray, FloatArray | None]:
+    return predict(model, batch.x, batch.last)
+
+
+def _plain(forecast: Callable[[Batch], Float32]) -> Predict:
+    return lambda batch: (forecast(batch), None)
+
+
+def compare(
+    cohorts: Sequence[Cohort],
+    spec: ModelSpec,
+    *,
+    public: Float32,
+    federated: Float32,
+    pooled: Float32,
+    local: Mapping[str, Float32],
+) -> Comparison:
+    """Score every model of COLUMNS, and linear extrapolation, on the held-out people of every hospital."""
+    fitted = fit_ridge([c.training for c in cohorts])
+    everywhere: dict[str, Predict] = {
+        "persistence": _plain(persistence),
+        "linear": _plain(linear),
+        "ridge": _plain(lambda batch: ridge(fitted, batch)),
+        "public-only": lstm(public, spec),
+        OURS: lstm(federated, spec),
+        "pooled": lstm(pooled, spec),
+    }
+    scored = {label: concat([score_windows(c.heldout, p, c.name) for c in cohorts]) for label, p in everywhere.items()}
+    own = [score_windows(c.heldout, lstm(local[c.name], spec), c.name) for c in cohorts]
+    scored["local-only"] = concat(own)
+    return Comparison({label: evaluate(s) for label, s in scored.items()}, scored[OURS])
+
+
+def rows(evaluations: Mapping[str, Evaluation]) -> tuple[ResultRow, ...]:
+    """Rows of the results table: each hospital, the mean over hospitals, and everybody pooled."""
+    shown = [evaluations[column.label] for column in COLUMNS]
+    sites = [
+        _row(group.name, group.people, lambda e, h, i=i: e.sites[i].at(h).rmse, shown)  # type: ignore[misc]
+        for i, group in enumerate(shown[0].sites)
+    ]
+    people = shown[0].pooled.people
+    mean = _row("mean", people, _mean_over_sites, shown)
+    return (*sites, mean, _row("pooled", people, lambda e, h: e.pooled.at(h).rmse, shown))
+
+
+def _row(name: str, people: int, rmse: Callable[[Evaluation, int], float], shown: Sequence[Evaluation]) -> ResultRow:
+    return ResultRow(name, people, tuple(rmse(e, 30) for e in shown), tuple(rmse(e, 60) for e in shown))
+
+
+def _mean_over_sites(evaluation: Evaluation, minutes: int) -> float:
+    return next(m.rmse for m in evaluation.mean_over_sites if m.horizon_minutes == minutes)
+
+
+def margins(evaluations: Mapping[str, Evaluation]) -> Iterator[tuple[str, int, str, float]]:
+    """(baseline, minutes, 'mean' or 'pooled', RMSE of ours minus the baseline's): negative where ours is better."""
+    ours = evaluations[OURS]
+    for label in ("persistence", "ridge", "public-only"):
+        for minutes in (30, 60):
+            other = evaluations[label]
+            yield label, minutes, "mean", _mean_over_sites(ours, minutes) - _mean_over_sites(other, minutes)
+            yield label, minutes, "pooled", ours.pooled.at(minutes).rmse - other.pooled.at(minutes).rmse
+
+
+def quick_rmse_30(weights: Float32, spec: ModelSpec, heldout: Windows, per_patient: int = 60) -> float:
+    """RMSE in mg/dL at 30 minutes on an even pick of each held-out person's windows: for curves, not for tables."""
+    picks = [heldout.anchors[a:b][:: max(1, (b - a) // per_patient)] for a, b in heldout.by_patient()]
+    batch = heldout.gather(np.concatenate(picks))
+    forecast, seen = lstm(weights, spec)(batch)[0][:, 5], batch.mask[:, 5]
+    return float(np.sqrt(np.mean((forecast[seen] - batch.y[seen, 5]) ** 2))) if seen.any() else float("nan")

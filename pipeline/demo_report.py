@@ -1,0 +1,394 @@
+"""What the demo shows at its end: comparison, export, registry, endpoint, verified ledger, one table and one report."""
+
+from __future__ import annotations
+
+import json
+import threading
+import urllib.request
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from data_schemas.errors import IsletError, StorageFailed
+from pipeline.comparison import COLUMNS, OURS, Cohort, Comparison, compare, fit_local, fit_pooled, margins, rows
+from pipeline.report import (
+    CreditRow,
+    Illustration,
+    IntakeLine,
+    LedgerStatus,
+    PrivacyLine,
+    ReportData,
+    render_table,
+    write_report,
+)
+
+EXAMPLES_FROM = ("arizona", "manchester", "stanford")
+
+if TYPE_CHECKING:
+    from aggregator.rounds import FederationResult
+    from aggregator.settings import AggregatorFolder
+    from aggregator.verification import VerifyReport
+    from data_schemas.reading import QualityReport
+    from pipeline.demo import RunRecord, Say, Stage
+    from pipeline.model_card import CardResult
+    from pipeline.plots import Example
+    from pipeline.windows import Float32
+
+
+def finish(
+    out: Path,
+    folder: AggregatorFolder,
+    cohorts: Sequence[Cohort],
+    intake: Mapping[str, QualityReport],
+    result: FederationResult,
+    record: RunRecord,
+    nodes: Mapping[str, Path],
+    stage: Stage,
+) -> None:
+    """Compare, export, publish, serve once, verify, and write what people look at."""
+    compared = _compare(out, folder, cohorts, result, stage)
+    export_model(out / "model", folder, result, _card_results(compared))
+    stage(f"model {result.model_hash[:12]} exported to {out / 'model'}, ONNX equal to torch")
+    verified = _verify(folder, nodes)
+    stage(
+        f"ledger verified: {verified.head.size} entries, root {verified.head.root_hex[:16]}, "
+        f"cosigned by {len(verified.cosigned_by)} of {len(nodes)} hospitals"
+    )
+    pictures = _illustrations(cohorts, compared, record, result, nodes)
+    _publish(out, record, result, compared, pictures, stage)
+    stage(ask_endpoint(nodes[cohorts[0].name], out / "model", cohorts[0]))
+    data = _report_data(folder, compared, intake, result, nodes, verified, pictures)
+    write_report(data, out / "report.html")
+    summary = _summary(out, data, compared, verified)
+    (out / "result.json").write_text(json.dumps({"text": summary, "model_hash": result.model_hash}))
+    stage.say("\n" + summary)
+
+
+def show_again(out: Path, say: Say) -> None:
+    """Print the end of a finished run."""
+    say(json.loads((out / "result.json").read_text())["text"])
+
+
+def _compare(
+    out: Path, folder: AggregatorFolder, cohorts: Sequence[Cohort], result: FederationResult, stage: Stage
+) -> Comparison:
+    """Fit the non-private models a comparison needs, once, and score everything on held-out people."""
+    from aggregator.server_app import load_initial_weights
+
+    spec, start = folder.load_plan().model, load_initial_weights(folder)
+    local = {}
+    for cohort in cohorts:
+        local[cohort.name] = _kept(out / "baselines" / f"{cohort.name}.npy", lambda c=cohort: fit_local(c, start, spec))  # type: ignore[misc]
+        stage(f"comparison: {cohort.name} alone, without privacy")
+    pooled = _kept(out / "baselines" / "pooled.npy", lambda: fit_pooled(cohorts, start, spec))
+    stage("comparison: all readings pooled, without privacy")
+    compared = compare(cohorts, spec, public=start, federated=result.weights, pooled=pooled, local=local)
+    stage(f"scored {len(compared.ours.last):,} forecasts of {compared.evaluations[OURS].pooled.people} held-out people")
+    return compared
+
+
+def _kept(path: Path, fit: Any) -> Float32:
+    """Weights of a fit, from the file where it was kept by an earlier call."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".part.npy")
+        np.save(temporary, fit())
+        temporary.replace(path)
+    weights: Float32 = np.load(path, allow_pickle=False)
+    return weights
+
+
+def _card_results(compared: Comparison) -> tuple[CardResult, ...]:
+    from pipeline.model_card import CardResult
+
+    return tuple(
+        CardResult(
+            site=group.name,
+            model=column.label,
+            horizon_minutes=minutes,
+            patients=group.people,
+            forecasts=group.at(minutes).pairs,
+            rmse_mg_dl=group.at(minutes).rmse,
+            mae_mg_dl=group.at(minutes).mae,
+            mard_percent=group.at(minutes).mard_percent,
+        )
+        for column in COLUMNS
+        for group in (*compared.evaluations[column.label].sites, compared.evaluations[column.label].pooled)
+        for minutes in (30, 60)
+    )
+
+
+def export_model(
+    path: Path, folder: AggregatorFolder, result: FederationResult, results: tuple[CardResult, ...]
+) -> None:
+    """Write the released model with its card."""
+    from aggregator.governance import replay
+    from aggregator.ledger import read_entries
+    from pipeline.export import write_model
+    from pipeline.model_card import CardPrivacy, ModelCard, TrainedOn
+
+    plan = folder.load_plan()
+    members = replay(read_entries(folder.path / "ledger.db")).members
+    card = ModelCard(
+        version=result.run,
+        model_hash=result.model_hash,
+        spec=plan.model,
+        trained_on=tuple(
+            TrainedOn(
+                node=name,
+                declared_training_patients=m.declared_training_patients,
+                declared_heldout_patients=m.declared_heldout_patients,
+            )
+            for name, m in members.items()
+        ),
+        privacy=CardPrivacy(
+            unit=plan.privacy.unit,
+            epsilon=max(result.epsilon_by_node.values()),
+            delta=plan.privacy.delta,
+            rounds=plan.rounds,
+            noise_source="secure" if plan.seed is None else "seeded",
+        ),
+        results=results,
+    )
+    write_model(path, result.weights, plan.model, card)
+
+
+def _verify(folder: AggregatorFolder, nodes: Mapping[str, Path]) -> VerifyReport:
+    from aggregator.verification import verify_ledger
+    return verify_ledger(folder.path / "ledger.db", folder.key().public.hex)
+
+
+def _publish(
+    out: Path,
+    record: RunRecord,
+    result: FederationResult,
+    compared: Comparison,
+    pictures: tuple[Illustration, ...],
+    stage: Stage,
+) -> None:
+    """Register the model in MLflow; an outage is said and costs nothing else."""
+    if record.registry is None:
+        return
+    results = {
+        f"rmse_{minutes}/{group.name}/{column.label}": group.at(minutes).rmse
+        for column in COLUMNS
+        for group in (*compared.evaluations[column.label].sites, compared.evaluations[column.label].pooled)
+        for minutes in (30, 60)
+    }
+    try:
+        published = record.registry.finish(
+            record.run_id,
+            out / "model",
+            plots={f"{i.picture.name}.png": i.picture.png() for i in pictures},
+            privacy={"unit": "patient", "epsilon_by_node": result.epsilon_by_node},
+            credit={f"epoch {c.epoch}": [line.model_dump(mode="json") for line in c.lines] for c in result.credits},
+            results=results,
+        )
+        stage(f"MLflow: registered {published.uri} as {published.alias}")
+    except IsletError as error:
+        stage(f"MLflow did not take the model, everything else is in {out}: {error.message}")
+
+
+def ask_endpoint(home: Path, model: Path, cohort: Cohort) -> str:
+    """Start the node's endpoint, ask it for a held-out patient's forecast as an app would, and stop it."""
+    from hospital_node.api_keys import create_key, revoke_key
+    from hospital_node.endpoint import Running, serve
+
+    series = cohort.heldout.series
+    person = int(np.argmax(np.diff(cohort.heldout.offsets)))
+    moment = int(series.time_s[cohort.heldout.anchors[cohort.heldout.offsets[person + 1] - 1]])
+    key, secret = create_key(home, series.patients[person], moment)
+    running: list[Running] = []
+    up = threading.Event()
+
+    def ready(server: Running) -> None:
+        running.append(server)
+        up.set()
+
+    thread = threading.Thread(target=serve, args=(home, model, "127.0.0.1", 0, ready), daemon=True)
+    thread.start()
+    if not up.wait(30):
+        raise StorageFailed("the forecast endpoint did not start within 30 s", "run `islet node serve` to see why")
+    try:
+        as_of = datetime.fromtimestamp(moment, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        url = f"{running[0].url}/v1/patients/{series.patients[person]}/forecast?as_of={as_of}"
+        request = urllib.request.Request(url, headers={"Authorization": f"Bearer {secret}"})  # noqa: S310
+        with urllib.request.urlopen(request, timeout=30) as reply:  # noqa: S310
+            point = json.loads(reply.read())["points"][5]
+    finally:
+        running[0].stop()
+        thread.join(15)
+        revoke_key(home, key.key_id)
+    return (
+        f"endpoint: a held-out patient of {cohort.name} asked; in 30 min likely {point['p25']:.0f} to {point['p75']:.0f} "
+        f"mg/dL (1 in 2), {point['p05']:.0f} to {point['p95']:.0f} (9 in 10)"
+    )
+
+
+def _illustrations(
+    cohorts: Sequence[Cohort],
+    compared: Comparison,
+    record: RunRecord,
+    result: FederationResult,
+    nodes: Mapping[str, Path],
+) -> tuple[Illustration, ...]:
+    from pipeline import plots
+    from pipeline.evaluation import SCORED_MINUTES, coverage_curve
+
+    ours, seen = compared.ours, compared.ours.mask[:, 5]
+    curve = {int(k): v for k, v in record.curve().items()}
+    mean = [(r, float(np.mean(list(v.values())))) for r, v in sorted(curve.items())]
+    by_site = {c.name: [(r, v[c.name]) for r, v in sorted(curve.items())] for c in cohorts}
+    by_model = {
+        c.label: [(m, compared.evaluations[c.label].pooled.at(m).rmse) for m in SCORED_MINUTES] for c in COLUMNS
+    }
+    spend = {n: [(s.round, s.epsilon_by_node.get(n, 0.0)) for s in result.rounds] for n in nodes}
+    ceiling = record.folder.load_plan().privacy.epsilon
+    return (
+        Illustration(
+            "Forecasts of held-out patients",
+            "Forecast, 50% and 90% bands against what happened; picked by position in the data, not by fit.",
+            plots.forecast_examples([_example(c, result, record) for c in cohorts if c.name in EXAMPLES_FROM]),
+        ),
+        Illustration(
+            "Clarke error grid, 30 minutes",
+            "Federated model on all held-out people.",
+            plots.error_grid(ours.truth[seen, 5], ours.forecast[seen, 5], kind="clarke", horizon_minutes=30),
+        ),
+        Illustration("Error by horizon", "Pooled held-out people, lower is better.", plots.rmse_by_horizon(by_model)),
+        Illustration(
+            "Convergence",
+            "Held-out RMSE at 30 minutes after each round (exact, because this data is public).",
+            plots.convergence({"mean": mean, **by_site}, {}),
+        ),
+        Illustration(
+            "Calibration",
+            "Share of readings below each quantile.",
+            plots.calibration({f"{m} min": coverage_curve(ours, m) for m in (30, 60)}),
+        ),
+        Illustration(
+            "Credit",
+            "Shapley value of each hospital's updates with the 95% interval of the privacy noise.",
+            plots.credit_bars(
+                [(r.node, r.shapley_mg_dl, r.interval_low_mg_dl, r.interval_high_mg_dl) for r in _credit(result)]
+            ),
+        ),
+        Illustration(
+            "Privacy spend",
+            "Patient-level epsilon of each hospital's training cohort at delta 1e-5.",
+            plots.privacy_spend(spend, {"ceiling": ceiling}),
+        ),
+    )
+
+
+def _example(cohort: Cohort, result: FederationResult, record: RunRecord) -> Example:
+    """The window in the middle of those of the hospital that have a reading at every horizon, or nearly."""
+    from data_schemas.units import HORIZON_MINUTES
+    from pipeline.comparison import lstm
+    from pipeline.plots import Example
+
+    anchors = cohort.heldout.anchors
+    batch = cohort.heldout.gather(anchors)
+    fullest = np.flatnonzero(batch.mask.sum(axis=1) == batch.mask.sum(axis=1).max())
+    row = int(anchors[fullest[len(fullest) // 2]])
+    chosen = cohort.heldout.gather(np.array([row]))
+    forecast, quantiles = lstm(result.weights, record.folder.load_plan().model)(chosen)
+    series = cohort.heldout.series
+    before = slice(max(0, row - 36), row + 1)
+    minutes = (series.time_s[before] - series.time_s[row]) / 60.0
+    past = [(float(m), float(g)) for m, g in zip(minutes, series.glucose_mg_dl[before], strict=True) if m >= -180]
+    truth = [(float(h), float(y)) for h, y, m in zip(HORIZON_MINUTES, chosen.y[0], chosen.mask[0], strict=True) if m]
+    assert quantiles is not None  # noqa: S101
+    return Example(past, truth, forecast[0], quantiles[0])
+
+
+def _credit(result: FederationResult) -> tuple[CreditRow, ...]:
+    """Credit by hospital over all epochs; intervals of independent noise add up as squares."""
+    totals: dict[str, list[float]] = {}
+    for epoch in result.credits:
+        for line in epoch.lines:
+            row = totals.setdefault(line.node, [0.0, 0.0, 0.0, 0.0])
+            row[0] += line.shapley_mg_dl
+            row[1] += (line.shapley_mg_dl - line.interval_low_mg_dl) ** 2
+            row[2] += (line.interval_high_mg_dl - line.shapley_mg_dl) ** 2
+            row[3] += line.micro_credits
+    return tuple(
+        CreditRow(node, value, value - low**0.5, value + high**0.5, int(micro))
+        for node, (value, low, high, micro) in sorted(totals.items())
+    )
+
+
+def _report_data(
+    folder: AggregatorFolder,
+    compared: Comparison,
+    intake: Mapping[str, QualityReport],
+    result: FederationResult,
+    nodes: Mapping[str, Path],
+    verified: VerifyReport,
+    pictures: tuple[Illustration, ...],
+) -> ReportData:
+    plan = folder.load_plan()
+    ours = compared.evaluations[OURS].pooled.at(30)
+    return ReportData(
+        run=result.run,
+        generated_at=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        model_hash=result.model_hash,
+        rounds=plan.rounds,
+        headline=(
+            f"Pooled over held-out people, the federated private model errs by {ours.rmse:.2f} mg/dL (RMSE) 30 minutes "
+            f"ahead, {100 * ours.skill:.0f}% less than the last reading does."
+        ),
+        columns=COLUMNS,
+        rows=rows(compared.evaluations),
+        detail=compared.evaluations[OURS],
+        privacy=tuple(_privacy_line(name, home) for name, home in nodes.items()),
+        intake=tuple(_intake_line(name, report) for name, report in intake.items()),
+        credit=_credit(result),
+        ledger=LedgerStatus(verified.head.size, verified.head.root_hex, verified.cosigned_by),
+        illustrations=pictures,
+    )
+
+
+def _privacy_line(name: str, home: Path) -> PrivacyLine:
+    from hospital_node.folder import NodeFolder
+
+    with NodeFolder.open(home) as node:
+        book, settings = node.budget(), node.settings
+        return PrivacyLine(
+            name,
+            settings.declared_training_patients,
+            book.spent("training"),
+            settings.max_epsilon_training,
+            settings.declared_heldout_patients,
+            book.spent("heldout"),
+        )
+
+
+def _intake_line(name: str, report: QualityReport) -> IntakeLine:
+    held, dropped = sum(report.quarantined.values()), sum(report.duplicates.values())
+    return IntakeLine(name, report.rows_in, report.accepted, held, dropped, report.patients)
+
+
+def _summary(out: Path, data: ReportData, compared: Comparison, verified: VerifyReport) -> str:
+    """The ONE table, what it cost in privacy, who earned what, and where to look next."""
+    losses = [f"{label} at {m} min ({how}) by {d:.2f}" for label, m, how, d in margins(compared.evaluations) if d >= 0]
+    beaten = "beats persistence, ridge and public-only at 30 and 60 min, as mean over hospitals and pooled"
+    epsilon = max(line.epsilon for line in data.privacy)
+    earned = "  ".join(f"{line.node} {line.micro_credits / 1e6:.2f}" for line in data.credit)
+    return "\n".join(
+        (
+            render_table(data),
+            "",
+            "The federated private model " + (beaten if not losses else "does NOT beat " + "; ".join(losses)) + ".",
+            f"Privacy: epsilon {epsilon:.2f} at delta {data.delta:g}, unit {data.unit} ({data.relation}), full noise at "
+            "each hospital.",
+            f"Credit (credits): {earned}",
+            f"Ledger: verified, {verified.head.size} entries, cosigned by {len(verified.cosigned_by)} hospitals.",
+            data.note,
+            f"Report: {out / 'report.html'}   Model: {out / 'model'}   Runs: mlflow ui --backend-store-uri "
+            "sqlite:///mlruns/mlflow.db",
+        )
+    )

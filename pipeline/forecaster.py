@@ -1,0 +1,326 @@
+"""The forecaster: one LSTM layer whose output is a residual on the last reading.
+
+The layer is split so that Opacus gets per-patient gradients at the price of one batched matrix product: a GateTap owns the
+weights and sees a whole sequence once, and a parameter-free core runs the recurrence with its back-propagation through
+time written by hand.  Inputs may carry leading dimensions, for instance [patients, windows, T, F].
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from data_schemas.units import HORIZON_MINUTES, QUANTILES, SENSOR_MAX_MG_DL, SENSOR_MIN_MG_DL
+from pipeline.windows import FEATURES, SPREAD_SCALE_MG_DL
+
+HORIZONS = len(HORIZON_MINUTES)
+_MEDIAN = QUANTILES.index(0.50)
+# Typical absolute change, in mg/dL, after 5, 10, ... 60 minutes: outputs of the heads are in units of it.
+_SPREAD_CHANNEL = FEATURES.index("day_spread")
+_GATE_CENTRE_MG_DL = 32.0
+_GATE_WIDTH_MG_DL = 4.0
+RESIDUAL_SCALE_MG_DL = tuple(8.0 * math.sqrt(h / 5.0) for h in HORIZON_MINUTES)
+
+
+@dataclass(frozen=True, slots=True)
+class ForecasterSpec:
+    """Shape of the model; equal specs give interchangeable flat weights."""
+
+    hidden_size: int = 32
+    features: int = len(FEATURES)
+
+
+class GateTap(nn.Module):
+    """Owner of the LSTM's weights: gate pre-activations of a whole sequence, [..., T, 4H], gates in the order i, f, g, o.
+
+    It is linear in its weights given (x, h_prev), so the gradient of one patient is the sum over its windows and time steps of
+    an outer product of what reaches the output with (x, h_prev, 1).
+    """
+
+    def __init__(self, features: int, hidden_size: int) -> None:
+        super().__init__()
+        self.hidden_size = hidden_size
+        self.weight_ih = nn.Parameter(torch.zeros(4 * hidden_size, features))
+        self.weight_hh = nn.Parameter(torch.zeros(4 * hidden_size, hidden_size))
+        self.bias = nn.Parameter(torch.zeros(4 * hidden_size))
+
+    def forward(self, x: Tensor, h_prev: Tensor) -> Tensor:
+        """x [..., T, F] and h_prev [..., T, H] to gate pre-activations [..., T, 4H]."""
+        return functional.linear(x, self.weight_ih, self.bias) + functional.linear(h_prev, self.weight_hh)
+
+
+@dataclass(frozen=True, slots=True)
+class _Trace:
+    """What the recurrence leaves for its backward pass, time first: gates [T,N,4H] after activation, cells and hidden [T+1,N,H]."""
+
+    gates: Tensor
+    cells: Tensor
+    hidden: Tensor
+
+
+@torch.no_grad()
+def _recur(x: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor) -> _Trace:
+    """Run the LSTM over x [N,T,F] from a zero state."""
+    count, steps, _ = x.shape
+    size = weight_hh.shape[1]
+    gates = functional.linear(x.transpose(0, 1), weight_ih, bias)
+    cells = x.new_zeros(steps + 1, count, size)
+    hidden = x.new_zeros(steps + 1, count, size)
+    back = weight_hh.t().contiguous()
+    for t in range(steps):
+        now = gates[t]
+        now.addmm_(hidden[t], back)
+        now[:, : 2 * size].sigmoid_()
+        now[:, 2 * size : 3 * size].tanh_()
+        now[:, 3 * size :].sigmoid_()
+        enter, forget, update, leave = now.split(size, dim=1)
+        torch.mul(forget, cells[t], out=cells[t + 1]).addcmul_(enter, update)
+        torch.tanh(cells[t + 1], out=hidden[t + 1]).mul_(leave)
+    return _Trace(gates, cells, hidden)
+
+
+class _LastHidden(torch.autograd.Function):
+    """The recurrence as a function of the gate pre-activations: forward returns the last hidden state of a finished trace.
+
+    Backward returns dL/d(gate pre-activation) for every step: the complete back-propagation through time.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, pre_activations: Tensor, trace: _Trace, weight_hh: Tensor) -> Tensor:
+        """pre_activations [N,T,4H] only carries the graph; its values are those of the trace."""
+        ctx.trace, ctx.weight_hh = trace, weight_hh
+        return trace.hidden[-1].clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        """Gradient of the last hidden state [N,H] to gradients of the pre-activations [N,T,4H]."""
+        trace, weight_hh = ctx.trace, ctx.weight_hh
+        size = weight_hh.shape[1]
+        enter, forget, update, leave = trace.gates.split(size, dim=2)
+        squashed = torch.tanh(trace.cells[1:])
+        to_cell = leave * (1 - squashed * squashed)
+        local = torch.empty_like(trace.gates)
+        torch.mul(update * enter, 1 - enter, out=local[..., :size])
+        torch.mul(trace.cells[:-1] * forget, 1 - forget, out=local[..., size : 2 * size])
+        torch.mul(enter, 1 - update * update, out=local[..., 2 * size : 3 * size])
+        torch.mul(squashed * leave, 1 - leave, out=local[..., 3 * size :])
+        d_hidden = grads[0]
+        d_cell = torch.zeros_like(d_hidden)
+        for t in range(local.shape[0] - 1, -1, -1):
+            d_cell.addcmul_(d_hidden, to_cell[t])
+            now = local[t]
+            now[:, : 3 * size].unflatten(1, (3, size)).mul_(d_cell.unsqueeze(1))
+            now[:, 3 * size :].mul_(d_hidden)
+            if t:
+                d_hidden = now @ weight_hh
+                d_cell.mul_(forget[t])
+        return local.transpose(0, 1), None, None
+
+
+class Forecaster(nn.Module):
+    """LSTM, a linear head for the mean and one for the quantiles, all as residuals on the last reading.
+
+    The last hidden state is handed to the heads twice, scaled by g and by 1 - g, where g tells a person whose last day varied
+    widely (as with type 1 diabetes) from one whose day was calm: the two kinds share the LSTM without pulling at one head.
+    `mix` is a fixed linear change of basis before the heads, set from public data by `whiten` so that private gradients are
+    well conditioned; it is never trained.  The quantile head gives the median's offset from the mean and four logits of
+    increments, passed through softplus, so quantiles cannot cross.
+    """
+
+    def __init__(self, spec: ForecasterSpec | None = None, *, seed: int = 0) -> None:
+        super().__init__()
+        self.spec = spec or ForecasterSpec()
+        width = 2 * self.spec.hidden_size + 1
+        self.tap = GateTap(self.spec.features, self.spec.hidden_size)
+        self.mix = nn.Linear(width, width).requires_grad_(False)
+        self.mean_head = nn.Linear(width, HORIZONS)
+        self.quantile_head = nn.Linear(width, HORIZONS * len(QUANTILES))
+        self.tapped = False
+        self._initialise(seed)
+
+    def _initialise(self, seed: int) -> None:
+        """Weights are a function of the seed alone: orthogonal recurrence, forget bias 1, heads near zero."""
+        draw = torch.Generator().manual_seed(seed)
+        size = self.spec.hidden_size
+        with torch.no_grad():
+            bound = math.sqrt(6.0 / (self.spec.features + size))
+            self.tap.weight_ih.uniform_(-bound, bound, generator=draw)
+            for gate in range(4):
+                rows = self.tap.weight_hh[gate * size : (gate + 1) * size]
+                rows.copy_(torch.linalg.qr(torch.randn(size, size, generator=draw))[0])
+            self.tap.bias.zero_()
+            self.tap.bias[size : 2 * size] = 1.0
+            self.mix.weight.copy_(torch.eye(2 * size + 1))
+            self.mix.bias.zero_()
+            for head in (self.mean_head, self.quantile_head):
+                head.weight.normal_(0.0, 0.1 / math.sqrt(size), generator=draw)
+                head.bias.zero_()
+
+    def encode(self, x: Tensor) -> Tensor:
+        """x [..., T, F] to the inputs of the heads [..., 2H+1]: by torch's own LSTM, or through the tap where `tapped` is set."""
+        return self.mix(split_by_spread(self._last_hidden(x), x))
+
+    def _last_hidden(self, x: Tensor) -> Tensor:
+        """x [..., T, F] to the last hidden state [..., H]."""
+        lead = x.shape[:-2]
+        tap = self.tap
+        flat = x.reshape(-1, *x.shape[-2:])
+        if not self.tapped:
+            start = flat.new_zeros(1, flat.shape[0], self.spec.hidden_size)
+            weights = [tap.weight_ih, tap.weight_hh, tap.bias, torch.zeros_like(tap.bias)]
+            hidden: Tensor = torch.lstm(flat, (start, start), weights, True, 1, 0.0, self.training, False, True)[1]
+            return hidden[0].reshape(*lead, -1)
+        trace = _recur(flat, tap.weight_ih.detach(), tap.weight_hh.detach(), tap.bias.detach())
+        if not (torch.is_grad_enabled() and tap.weight_ih.requires_grad):
+            return trace.hidden[-1].reshape(*lead, -1)
+        h_prev = trace.hidden[:-1].transpose(0, 1).reshape(*lead, x.shape[-2], -1)
+        pre_activations = tap(x, h_prev)
+        last: Tensor = _LastHidden.apply(  # type: ignore[no-untyped-call]
+            pre_activations.reshape(flat.shape[0], flat.shape[1], -1), trace, tap.weight_hh.detach()
+        )
+        return last.reshape(*lead, -1)
+
+    def read_out(self, encoded: Tensor) -> tuple[Tensor, Tensor]:
+        """encoded [..., 2H+1] to residuals in mg/dL: mean [..., 12] and quantiles [..., 12, 5], increasing."""
+        mean = self.mean_head(encoded)
+        shape = self.quantile_head(encoded).unflatten(-1, (HORIZONS, len(QUANTILES)))
+        median = mean + shape[..., _MEDIAN]
+        step = functional.softplus(shape)
+        down_1 = median - step[..., 1]
+        up_1 = median + step[..., 3]
+        quantiles = torch.stack((down_1 - step[..., 0], down_1, median, up_1, up_1 + step[..., 4]), dim=-1)
+        scale = mean.new_tensor(RESIDUAL_SCALE_MG_DL)
+        return mean * scale, quantiles * scale.unsqueeze(-1)
+
+    def residuals(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [..., T, F] to unclipped residuals in mg/dL: mean [..., 12] and quantiles [..., 12, 5]."""
+        return self.read_out(self.encode(x))
+
+    def forward(self, x: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+        """x [..., T, F] and last [...] mg/dL to forecast [..., 12] and quantiles [..., 12, 5] in mg/dL within 40..400."""
+        mean, quantiles = self.residuals(x)
+        return clip_to_sensor(mean, quantiles, last)
+
+
+class InferenceForecaster(nn.Module):
+    """The same forecast with torch's own LSTM layer: for export, with no hand-written autograd in the graph."""
+
+    def __init__(self, model: Forecaster) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(model.spec.features, model.spec.hidden_size, batch_first=True)
+        self.heads = Forecaster(model.spec)
+        self.heads.load_state_dict(model.state_dict())
+        with torch.no_grad():
+            self.lstm.weight_ih_l0.copy_(model.tap.weight_ih)
+            self.lstm.weight_hh_l0.copy_(model.tap.weight_hh)
+            self.lstm.bias_ih_l0.copy_(model.tap.bias)
+            self.lstm.bias_hh_l0.zero_()
+        self.requires_grad_(False).eval()
+
+    def forward(self, x: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+        """x [B,T,F] and last [B] mg/dL to forecast [B,12] and quantiles [B,12,5] in mg/dL within 40..400."""
+        _, (hidden, _) = self.lstm(x)
+        mean, quantiles = self.heads.read_out(self.heads.mix(split_by_spread(hidden[-1], x)))
+        return clip_to_sensor(mean, quantiles, last)
+
+
+def split_by_spread(hidden: Tensor, x: Tensor) -> Tensor:
+    """hidden [..., H] and x [..., T, F] to [..., 2H+1]: g h, (1 - g) h and g, with g near 1 after a day that varied widely."""
+    spread_mg_dl = x[..., -1, _SPREAD_CHANNEL : _SPREAD_CHANNEL + 1] * SPREAD_SCALE_MG_DL
+    gate = torch.sigmoid((spread_mg_dl - _GATE_CENTRE_MG_DL) / _GATE_WIDTH_MG_DL)
+    return torch.cat((gate * hidden, (1 - gate) * hidden, gate), dim=-1)
+
+
+def whiten(model: Forecaster, x: npt.NDArray[np.float32], *, floor: float = 1e-2) -> None:
+    """Change the basis before the heads, in place, so that their inputs have unit second moment on PUBLIC windows x [B,T,F].
+
+    Forecasts stay the same.  Directions with less variance than `floor` are not blown up beyond it.  Steps of plain SGD on the
+    heads, and the noise on them, are then equally large in every direction the inputs take.
+    """
+    with torch.no_grad():
+        inputs = split_by_spread(model._last_hidden(torch.from_numpy(x)), torch.from_numpy(x)).double()
+        centre = inputs.mean(dim=0)
+        spread, basis = torch.linalg.eigh((inputs - centre).T @ (inputs - centre) / len(inputs))
+        to_white = (basis * (spread + floor).rsqrt()) @ basis.T
+        old_mix_bias = model.mix.bias.double()
+        for head in (model.mean_head, model.quantile_head):
+            weight = head.weight.double()
+            raw = weight @ model.mix.weight.double()
+            head.bias.copy_(head.bias.double() + weight @ old_mix_bias + raw @ centre)
+            head.weight.copy_(raw @ torch.linalg.inv(to_white))
+        model.mix.weight.copy_(to_white)
+        model.mix.bias.copy_(-(to_white @ centre))
+
+
+def clip_to_sensor(mean: Tensor, quantiles: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+    """Residuals and last reading [...] to glucose in mg/dL, clipped to what a sensor can report."""
+    forecast = (last.unsqueeze(-1) + mean).clamp(SENSOR_MIN_MG_DL, SENSOR_MAX_MG_DL)
+    levels = (last.unsqueeze(-1).unsqueeze(-1) + quantiles).clamp(SENSOR_MIN_MG_DL, SENSOR_MAX_MG_DL)
+    return forecast, levels
+
+
+def window_losses(mean: Tensor, quantiles: Tensor, target: Tensor, mask: Tensor, *, pinball_weight: float = 1.0) -> Tensor:
+    """Loss of each window [...]: squared error of the mean plus weighted pinball loss, averaged over real targets.
+
+    mean, target: residuals [..., 12] in mg/dL; quantiles [..., 12, 5]; mask [..., 12].  Errors are divided by
+    RESIDUAL_SCALE_MG_DL, so every horizon counts alike and a typical loss is near one.  A window without targets costs 0.
+    """
+    scale = mean.new_tensor(RESIDUAL_SCALE_MG_DL)
+    weight = mask.to(mean.dtype)
+    share = weight / weight.sum(-1, keepdim=True).clamp(min=1.0)
+    squared = ((mean - target) / scale).square()
+    error = (target.unsqueeze(-1) - quantiles) / scale.unsqueeze(-1)
+    level = mean.new_tensor(QUANTILES)
+    pinball = torch.maximum(level * error, (level - 1.0) * error).mean(-1)
+    return ((squared + pinball_weight * pinball) * share).sum(-1)
+
+
+def flatten(model: Forecaster) -> npt.NDArray[np.float32]:
+    """All weights as one float32[D] vector: tap (ih, hh, bias), mix, mean head, quantile head."""
+    return np.concatenate([p.detach().cpu().numpy().ravel() for p in model.parameters()]).astype(np.float32)
+
+
+def unflatten(weights: npt.NDArray[np.float32], spec: ForecasterSpec) -> Forecaster:
+    """The model with these weights float32[D]; a wrong length is refused."""
+    model = Forecaster(spec)
+    load_flat(model, weights)
+    return model
+
+
+def load_flat(model: Forecaster, weights: npt.NDArray[np.float32]) -> None:
+    """Overwrite the weights of a model in place from float32[D]."""
+    if weights.shape != (weight_count(model.spec),):
+        raise ValueError(f"expected {weight_count(model.spec)} weights, got shape {weights.shape}")
+    at = 0
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.from_numpy(np.ascontiguousarray(weights[at : at + p.numel()], dtype=np.float32)).view_as(p))
+            at += p.numel()
+
+
+def weight_count(spec: ForecasterSpec) -> int:
+    """D: length of the flat weights."""
+    size, outputs = spec.hidden_size, HORIZONS * (1 + len(QUANTILES))
+    width = 2 * size + 1
+    return 4 * size * (spec.features + size + 1) + (width + 1) * (width + outputs)
+
+
+def predict(
+    model: Forecaster, x: npt.NDArray[np.float32], last: npt.NDArray[np.float32], *, batch_size: int = 4096
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """Forecasts [B,12] and quantiles [B,12,5] in mg/dL for x [B,T,F] and last [B] mg/dL."""
+    forecasts = np.empty((len(x), HORIZONS), dtype=np.float32)
+    quantiles = np.empty((len(x), HORIZONS, len(QUANTILES)), dtype=np.float32)
+    with torch.inference_mode():
+        for at in range(0, len(x), batch_size):
+            part = slice(at, at + batch_size)
+            forecast, levels = model(torch.from_numpy(x[part]), torch.from_numpy(last[part]))
+            forecasts[part], quantiles[part] = forecast.numpy(), levels.numpy()
+    return forecasts, quantiles

@@ -1,0 +1,127 @@
+"""The public warm start: where every federation begins, trained on PhysioCGM (CC0) alone.
+
+Recipe: the public readings as they are, thinned to 15 minutes in two phases, and played 1.5 and 2 times faster; part of the
+windows shrunk towards the range of people without diabetes, with sensor noise.  Then the basis before the heads is whitened.
+
+    python -m pipeline.warm_start CSV OUT.npz
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from data_schemas.units import SENSOR_MAX_MG_DL, SENSOR_MIN_MG_DL
+from pipeline.forecaster import Forecaster, ForecasterSpec, flatten, unflatten, whiten
+from pipeline.windows import Batch, Series, Windows, WindowSpec, cut_windows, shifted_levels
+
+SPEC = ForecasterSpec(hidden_size=32)
+WINDOWS = WindowSpec(history_minutes=120)
+STEPS = 5000
+SHARES = (0.55, 0.125, 0.125, 0.12, 0.08)
+_SHRUNK_SHARE = 0.35
+_SHRINK = (0.3, 0.9)
+_NEW_MEAN_MG_DL = (85.0, 130.0)
+_OLD_MEAN_MG_DL = 145.0
+_SENSOR_NOISE_MG_DL = 0.7
+
+Weights = npt.NDArray[np.float32]
+
+
+def read_public(csv_path: Path) -> Series:
+    """Columns patient_id, time, glucose_mg_dl; plain or gzip."""
+    import pandas as pd
+
+    frame = pd.read_csv(csv_path)
+    frame["measured_at"] = pd.to_datetime(frame["time"]).dt.tz_localize("UTC")
+    return Series.from_frame(frame.dropna(subset=["glucose_mg_dl"]))
+
+
+def replayed(series: Series, *, speed: float = 1.0, grid_minutes: int = 5, phase_minutes: int = 0) -> Series:
+    """The same people living `speed` times faster, the first reading of every grid_minutes kept."""
+    times, glucose, starts = [], [], [0]
+    for begin, end in zip(series.starts[:-1], series.starts[1:], strict=True):
+        time_s = (series.time_s[begin:end] / speed).astype(np.int64)
+        slot = (time_s + 60 * phase_minutes) // (60 * grid_minutes)
+        keep = np.concatenate([[True], np.diff(slot) > 0])
+        times.append(time_s[keep])
+        glucose.append(series.glucose_mg_dl[begin:end][keep])
+        starts.append(starts[-1] + int(keep.sum()))
+    return Series(series.patients, np.array(starts, dtype=np.int64), np.concatenate(times), np.concatenate(glucose))
+
+
+def shrunk(rng: np.random.Generator, batch: Batch) -> Batch:
+    """A share of the windows moved to a calmer, lower person: level and spread both, targets with them."""
+    count = len(batch.last)
+    chosen = rng.random(count) < _SHRUNK_SHARE
+    factor = np.where(chosen, rng.uniform(*_SHRINK, count), 1.0).astype(np.float32)
+    mean = rng.uniform(*_NEW_MEAN_MG_DL, count).astype(np.float32)
+    shift = np.where(chosen, mean - factor * _OLD_MEAN_MG_DL, 0.0).astype(np.float32)
+    noise = rng.normal(0.0, _SENSOR_NOISE_MG_DL, batch.x.shape[:2]).astype(np.float32) * chosen[:, None]
+    x, last = shifted_levels(batch.x, factor, shift, noise)
+    y = np.clip(batch.y * factor[:, None] + shift[:, None], SENSOR_MIN_MG_DL, SENSOR_MAX_MG_DL).astype(np.float32)
+    return Batch(x, np.where(batch.mask, y, np.float32(0.0)), batch.mask, last)
+
+
+def sources(series: Series) -> list[Windows]:
+    """The five sources of windows, in the order of SHARES."""
+    played = [
+        series,
+        replayed(series, grid_minutes=15),
+        replayed(series, grid_minutes=15, phase_minutes=7),
+        replayed(series, speed=1.5),
+        replayed(series, speed=2.0),
+    ]
+    return [cut_windows(s, WINDOWS) for s in played]
+
+
+def train(csv_path: Path, *, steps: int = STEPS) -> Weights:
+    """Weights float32[D] from the public readings; the same file gives the same weights on the same machine."""
+    from pipeline.private_training import FitPlan, fit
+
+    windows = sources(read_public(csv_path))
+    weights = fit(flatten(Forecaster(SPEC)), SPEC, windows, FitPlan(steps=steps, weights=SHARES), shrunk)
+    model = unflatten(weights, SPEC)
+    rng = np.random.default_rng(0)
+    parts = [shrunk(rng, w.gather(rng.choice(w.anchors, 2000))).x for w in windows]
+    whiten(model, np.concatenate(parts))
+    return flatten(model)
+
+
+def save(weights: Weights, csv_path: Path, out: Path, *, steps: int = STEPS) -> None:
+    """Write float32 weights with the recipe as a JSON string."""
+    recipe = {
+        "source": "PhysioCGM (CC0 1.0)",
+        "sha256_of_source": hashlib.sha256(csv_path.read_bytes()).hexdigest(),
+        "model": asdict(SPEC),
+        "windows": asdict(WINDOWS),
+        "steps": steps,
+        "shares": SHARES,
+    }
+    np.savez_compressed(out, weights=weights, recipe=np.array(json.dumps(recipe)))
+
+
+def load(path: Path | None = None) -> Weights:
+    """The shipped weights float32[D], or those of another file written by `save`."""
+    with np.load(path or Path(__file__).with_suffix(".npz"), allow_pickle=False) as stored:
+        return np.asarray(stored["weights"], dtype=np.float32)
+
+
+def main(arguments: list[str]) -> int:
+    """python -m pipeline.warm_start CSV OUT."""
+    if len(arguments) != 2:
+        print("usage: python -m pipeline.warm_start CSV OUT.npz", file=sys.stderr)
+        return 2
+    source, out = Path(arguments[0]), Path(arguments[1])
+    save(train(source), source, out)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,199 @@
+"""The message boundary, through Flower's own messages: what comes in is checked, and only documented fields go out."""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+from pydantic import TypeAdapter
+
+from data_schemas.frozen import Frozen
+from data_schemas.messages import (
+    Cosigned,
+    CosignTask,
+    Hello,
+    HelloTask,
+    Refusal,
+    RefusalCode,
+    ReleaseTask,
+    Scored,
+    SignedRelease,
+    SignedUpdate,
+    WitnessState,
+)
+from hospital_node import client_app
+from hospital_node.folder import NodeFolder
+from pipeline import checkpoint, merkle
+from pipeline.checkpoint import Checkpoint
+from pipeline.signing import PrivateKey
+from pipeline.wire import from_record, to_record
+from tests.hospital_node.small_node import FEDERATION, base_weights, fill, make_node, plan, train_task
+from tests.hospital_node.test_scoring import NODES, score_task, updates_for
+
+Arrays = dict[str, npt.NDArray[Any]]
+Reply = Hello | Refusal | SignedUpdate | Scored | SignedRelease | WitnessState | Cosigned
+FAR = 4e9
+AGGREGATOR = PrivateKey.from_seed(b"a" * 32)
+PRIVACY_PAGE = Path(__file__).parents[2] / "docs" / "privacy.md"
+
+
+@pytest.fixture(autouse=True)
+def identity(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flower's Message() reads the sender from a process-wide identity."""
+    for name in ("_task_id", "_run_id", "_node_id"):
+        monkeypatch.setattr(TaskIdentity, name, 1)
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    path = make_node(tmp_path / "north", aggregator_public_key=AGGREGATOR.public.hex)
+    fill(path, patients=12)
+    return path
+
+
+def sent(home: Path, kind: str, content: RecordDict) -> tuple[Reply, Arrays]:
+    message = Message(content, 2, kind, ttl=60.0)
+    message.metadata.__dict__["_message_id"] = "m1"
+    context = Context(run_id=1, node_id=2, node_config={"home": str(home)}, state=RecordDict(), run_config={})
+    answer = client_app.app(message, context)
+    body, arrays = from_record(answer.content)
+    assert dict(context.state) == {}
+    reply: Reply = TypeAdapter(Reply).validate_json(body)
+    return reply, arrays
+
+
+def asked(home: Path, kind: str, task: Frozen, arrays: Arrays | None = None) -> tuple[Reply, Arrays]:
+    return sent(home, kind, to_record(task, arrays))
+
+
+def conversation(home: Path) -> list[tuple[Reply, Arrays]]:
+    """One real reply of every kind."""
+    task_plan = plan()
+    weights, updates = base_weights(task_plan), updates_for(task_plan)
+    tree = merkle.Tree([merkle.leaf_hash(b"entry")])
+    note = checkpoint.sign(Checkpoint("ledger/one", 1, tree.root().hex()), AGGREGATOR)
+    cosign = CosignTask(federation=FEDERATION, checkpoint=note, old_size=0, consistency_proof=())
+    release = ReleaseTask(federation=FEDERATION, run="run-1", epoch=1, plan=task_plan, nodes=NODES, deadline_unix=FAR)
+    drowned = release.model_copy(update={"plan": plan(credit__noise_multiplier=2.1)})
+    score = score_task(task_plan, weights, updates)
+    train = train_task(task_plan, weights, deadline_unix=FAR)
+    return [
+        asked(home, "query.hello", HelloTask(federation=FEDERATION)),
+        asked(home, "query.hello", HelloTask(federation="other")),
+        asked(home, "train", train, {"weights": weights}),
+        asked(home, "evaluate", score, {"base": weights, "updates": updates}),
+        asked(home, "query.score", score, {"base": weights, "updates": updates}),
+        asked(home, "query.release", release),
+        asked(home, "query.release", drowned),
+        asked(home, "query.cosign", cosign),
+        asked(home, "query.cosign", cosign),
+    ]
+
+
+def leaves(value: Any, prefix: str) -> set[str]:
+    """Dotted names of all fields of a message; the parts of a list share their list's name."""
+    if isinstance(value, dict):
+        return {name for key, part in value.items() for name in leaves(part, f"{prefix}.{key}")}
+    return {prefix}
+
+
+def documented() -> set[str]:
+    """First column of the field table of the privacy page."""
+    return set(re.findall(r"^\| `([\w.]+)` \|", PRIVACY_PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE))
+
+
+def test_every_field_that_leaves_is_in_the_privacy_page(home: Path) -> None:
+    """Real replies of every kind: a field or array without a row in docs/privacy.md fails, and so does a stale row."""
+    replies = conversation(home)
+
+    left = {name for reply, _ in replies for name in leaves(reply.model_dump(mode="json"), type(reply).__name__)}
+    left |= {f"{type(reply).__name__}.array.{name}" for reply, arrays in replies for name in arrays}
+
+    kinds = [Hello, Refusal, SignedUpdate, Scored, Scored, SignedRelease, SignedRelease, Cosigned, WitnessState]
+    assert kinds == [type(reply) for reply, _ in replies]
+    assert set() == left - documented()
+    assert set() == documented() - left
+
+
+def test_an_update_travels_as_float32(home: Path) -> None:
+    """The update array has the shape of the weights and the little-endian float32 type that its hash is over."""
+    task_plan = plan()
+    weights = base_weights(task_plan)
+
+    reply, arrays = asked(home, "train", train_task(task_plan, weights, deadline_unix=FAR), {"weights": weights})
+
+    assert isinstance(reply, SignedUpdate)
+    assert ((weights.shape, np.dtype("<f4")), {"update"}) == (
+        (arrays["update"].shape, arrays["update"].dtype),
+        set(arrays),
+    )
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        RecordDict(),
+        RecordDict({"body": ConfigRecord({"json": "text"})}),
+        RecordDict({"body": ConfigRecord({"json": b"{"})}),
+        to_record(HelloTask(federation=FEDERATION)),
+        to_record(train_task(plan(), np.zeros(3, dtype=np.float32)), {"weights": np.zeros((3, 1), dtype=np.float32)}),
+        to_record(train_task(plan(), np.zeros(3, dtype=np.float32)), {"weights": np.zeros(3)}),
+        to_record(train_task(plan(), np.zeros(3, dtype=np.float32))),
+    ],
+)
+def test_a_malformed_message_is_refused(home: Path, content: RecordDict) -> None:
+    """Messages without body, with a body of another kind, and without the right arrays are malformed tasks."""
+    assert (Refusal(code=RefusalCode.MALFORMED_TASK), {}) == sent(home, "train", content)
+
+
+def test_a_busy_node_says_so(home: Path) -> None:
+    """While another process or thread uses the folder the node is busy."""
+    with NodeFolder.open(home):
+        assert (Refusal(code=RefusalCode.NODE_BUSY), {}) == asked(home, "query.hello", HelloTask(federation=FEDERATION))
+
+
+def test_no_exception_text_leaves_the_node(
+    home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An unexpected error becomes the code `internal`; the node's own log names its kind and place, not its text."""
+    from hospital_node import local_round
+
+    def fail(*_: object) -> None:
+        raise ValueError("glucose 123.4 of person-007")
+
+    monkeypatch.setattr(local_round, "train", fail)
+    weights = base_weights(plan())
+    with caplog.at_level(logging.DEBUG):
+        outcome = asked(home, "train", train_task(plan(), weights), {"weights": weights})
+
+    log = (home / "reports/node.log").read_text()
+    assert (Refusal(code=RefusalCode.INTERNAL), {}) == outcome
+    assert "ValueError at test_client_app.py" in log
+    assert "123.4" not in log + caplog.text
+
+
+def test_a_tampered_book_stops_the_node(home: Path) -> None:
+    """A node whose budget book was changed answers `internal` and says in its own log which file and where."""
+    data = bytearray((home / "budget.db").read_bytes())
+    data[5000] ^= 1
+    (home / "budget.db").write_bytes(data)
+    weights = base_weights(plan())
+
+    outcome = asked(home, "train", train_task(plan(), weights, deadline_unix=FAR), {"weights": weights})
+
+    assert (Refusal(code=RefusalCode.INTERNAL), {}) == outcome
+    assert re.search(r"Tampered at .*budget\.db: .* at offset 4096", (home / "reports/node.log").read_text())
+
+
+def test_a_missing_home_is_internal(tmp_path: Path) -> None:
+    """A node started without its folder answers with a code too."""
+    outcome = asked(tmp_path / "nowhere", "query.hello", HelloTask(federation=FEDERATION))
+
+    assert (Refusal(code=RefusalCode.INTERNAL), {}) == outcome
