@@ -19,10 +19,13 @@ RELATION = "add or remove one patient's whole record at one hospital"
 
 
 class PrivacyEvent(Frozen):
-    """One accountable release: `steps` Gaussian mechanisms on Poisson samples; sample_rate 1 takes everybody."""
+    """One accountable release: `steps` Gaussian mechanisms on Poisson samples; sample_rate 1 takes everybody.
+
+    noise_multiplier 0 is no privacy at all: its epsilon is infinite, so no ceiling admits it.
+    """
 
     sample_rate: float = Field(gt=0, le=1)
-    noise_multiplier: float = Field(gt=0)
+    noise_multiplier: float = Field(ge=0)
     steps: int = Field(ge=1)
 
 

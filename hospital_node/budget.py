@@ -226,10 +226,10 @@ def epsilon(events: Iterable[PrivacyEvent], delta: float) -> float:
 def _epsilon(merged: tuple[tuple[float, float, int], ...], delta: float) -> float:
     if not merged:
         return 0.0
-    from pipeline import private_training
+    from pipeline.accounting import epsilon_of
 
-    events = [private_training.PrivacyEvent(sample_rate=q, noise_multiplier=z, steps=n) for q, z, n in merged]
-    value = private_training.epsilon_of(events, delta)
+    events = [PrivacyEvent(sample_rate=q, noise_multiplier=z, steps=n) for q, z, n in merged]
+    value = epsilon_of(events, delta)
     return value if not math.isnan(value) else math.inf
 
 
@@ -237,7 +237,7 @@ def _repeat(event: PrivacyEvent, times: int) -> tuple[PrivacyEvent, ...]:
     return (event.model_copy(update={"steps": event.steps * times}),) if times else ()
 
 
-def render(book: BudgetBook, ceilings: Mapping[str, float]) -> str:
+def render(book: BudgetBook, ceilings: Mapping[Cohort, float]) -> str:
     """Text for a terminal: each cohort's ceiling, epsilon spent, rounds left at the present noise, every release."""
     parts = [_render_cohort(book, cohort, ceilings[cohort]) for cohort in COHORTS]
     return "\n\n".join(parts) + "\n"

@@ -12,8 +12,8 @@ from hospital_node.store import Store
 if TYPE_CHECKING:
     from pipeline.windows import Windows
 
-# Arrow's way back to pandas parses column names with `ast`, which CPython 3.11 may fail at in two threads at once
-# (gh-106905); in the embedded federation every node is a thread.
+# Arrow's way back to pandas parses column names with `ast`, where CPython 3.11 can fail when two threads do it at once;
+# in the embedded federation every node is a thread.
 _READING = threading.Lock()
 
 

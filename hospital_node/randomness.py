@@ -11,7 +11,7 @@ from hospital_node.ceilings import seeded
 from hospital_node.settings import NodeSettings
 
 if TYPE_CHECKING:
-    from pipeline.private_training import NoiseSource
+    from pipeline.noise import NoiseSource
 
 
 def noise_source(settings: NodeSettings, plan: TrainingPlan, run: str, purpose: str) -> NoiseSource:
@@ -19,7 +19,7 @@ def noise_source(settings: NodeSettings, plan: TrainingPlan, run: str, purpose: 
 
     Seeded randomness follows from both seeds, node, run and purpose, so a replay after a crash is identical.
     """
-    from pipeline.private_training import SecureNoise, SeededNoise
+    from pipeline.noise import SecureNoise, SeededNoise
 
     if not seeded(settings, plan):
         return SecureNoise()

@@ -7,6 +7,7 @@ shown to each other, so an aggregator that wants to rewrite the log needs every 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 from pydantic import ValidationError
 
@@ -21,11 +22,12 @@ from pipeline.signing import write_durably
 
 
 class _Seen(Frozen):
-    """witness.json: the checkpoint last cosigned."""
+    """witness.json: the checkpoint last cosigned, and the aggregator's signed note of it, which is evidence."""
 
     origin: str
     size: int
     root_hex: str
+    note: str
 
 
 def cosign(node: NodeFolder, task: CosignTask, at_unix: int) -> Cosigned | WitnessState | Refusal:
@@ -48,25 +50,37 @@ def cosign(node: NodeFolder, task: CosignTask, at_unix: int) -> Cosigned | Witne
         return WitnessState(size=seen.size)
     if not checkpoint.extends(seen, new, task.consistency_proof):
         return Refusal(code=RefusalCode.LEDGER_FORK)
-    _remember(node, new)
+    _remember(node, new, task.checkpoint)
     return Cosigned(cosignature=checkpoint.cosign(new, node.key, node.settings.name, at_unix))
 
 
 def last_seen(node: NodeFolder) -> Checkpoint | None:
     """Return the checkpoint this node last cosigned, or None. Raises Tampered."""
+    seen = _seen(node.witness_json)
+    return None if seen is None else Checkpoint(seen.origin, seen.size, seen.root_hex)
+
+
+def witnessed_note(home: Path) -> str | None:
+    """Return the signed note that the node of this folder last cosigned, or None. Raises Tampered."""
+    seen = _seen(home / "witness.json")
+    return None if seen is None else seen.note
+
+
+def _seen(path: Path) -> _Seen | None:
     try:
-        seen = _Seen.model_validate(json.loads(node.witness_json.read_bytes()))
-        return Checkpoint(seen.origin, seen.size, seen.root_hex)
+        seen = _Seen.model_validate(json.loads(path.read_bytes()))
+        Checkpoint(seen.origin, seen.size, seen.root_hex)
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise StorageFailed(f"{node.witness_json}: cannot be read", "Check its owner and mode.") from error
+        raise StorageFailed(f"{path}: cannot be read", "Check its owner and mode.") from error
     except (ValueError, ValidationError, BadInput) as error:
         raise Tampered(
             "witness.json", 0, "not a checkpoint", "Restore it from a backup; do not delete it: a witness remembers."
         ) from error
+    return seen
 
 
-def _remember(node: NodeFolder, new: Checkpoint) -> None:
-    seen = _Seen(origin=new.origin, size=new.size, root_hex=new.root_hex)
+def _remember(node: NodeFolder, new: Checkpoint, note: str) -> None:
+    seen = _Seen(origin=new.origin, size=new.size, root_hex=new.root_hex, note=note)
     write_durably(node.witness_json, canonical_bytes(seen) + b"\n", mode=0o600)

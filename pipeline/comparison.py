@@ -15,8 +15,8 @@ import numpy as np
 from data_schemas.plan import ModelSpec
 from pipeline.baselines import fit_ridge, linear, persistence, ridge
 from pipeline.evaluation import Evaluation, FloatArray, Scored, concat, evaluate, score_windows
+from pipeline.fitting import FitPlan, fit
 from pipeline.forecaster import Forecaster, ForecasterSpec, predict, unflatten
-from pipeline.private_training import FitPlan, fit
 from pipeline.report import ModelColumn, ResultRow
 from pipeline.windows import Batch, Float32, Windows
 
@@ -110,12 +110,14 @@ def rows(evaluations: Mapping[str, Evaluation]) -> tuple[ResultRow, ...]:
         for i, group in enumerate(shown[0].sites)
     ]
     people = shown[0].pooled.people
-    mean = _row("mean", people, _mean_over_sites, shown)
-    return (*sites, mean, _row("pooled", people, lambda e, h: e.pooled.at(h).rmse, shown))
+    mean = _row("mean", people, _mean_over_sites, shown, summary=True)
+    return (*sites, mean, _row("pooled", people, lambda e, h: e.pooled.at(h).rmse, shown, summary=True))
 
 
-def _row(name: str, people: int, rmse: Callable[[Evaluation, int], float], shown: Sequence[Evaluation]) -> ResultRow:
-    return ResultRow(name, people, tuple(rmse(e, 30) for e in shown), tuple(rmse(e, 60) for e in shown))
+def _row(
+    name: str, people: int, rmse: Callable[[Evaluation, int], float], shown: Sequence[Evaluation], summary: bool = False
+) -> ResultRow:
+    return ResultRow(name, people, tuple(rmse(e, 30) for e in shown), tuple(rmse(e, 60) for e in shown), summary)
 
 
 def _mean_over_sites(evaluation: Evaluation, minutes: int) -> float:

@@ -24,9 +24,7 @@ if TYPE_CHECKING:
     from aggregator.settings import AggregatorFolder
     from data_schemas.ledger import CreditEntry, MemberEntry
     from data_schemas.reading import QualityReport
-    from hospital_node.folder import NodeFolder
-    from pipeline.comparison import Cohort, Comparison
-    from pipeline.windows import Float32
+    from pipeline.comparison import Cohort
 
 Say = Callable[[str], None]
 
@@ -87,8 +85,8 @@ def run_demo(out: Path, rounds: int | None, epsilon: float | None, seed: int, sa
     admit(folder, list(nodes.values()))
     plan = folder.load_plan()
     stage(
-        f"plan: {plan.rounds} rounds x {plan.local.steps_per_round} steps, LSTM-{plan.model.hidden_size}, patient-level "
-        f"epsilon {plan.privacy.epsilon:g} at delta {plan.privacy.delta:g}: noise multiplier "
+        f"plan: {plan.rounds} rounds x {plan.local.steps_per_round} steps, LSTM-{plan.model.hidden_size}, "
+        f"patient-level epsilon {plan.privacy.epsilon:g} at delta {plan.privacy.delta:g}: noise multiplier "
         f"{plan.privacy.noise_multiplier:.2f} at each hospital"
     )
     cohorts = [_cohort(nodes[site.name], plan.model.history_minutes) for site in SITES]
@@ -173,7 +171,7 @@ def found(
     epsilon: float | None = None,
     seed: int | None = None,
 ) -> AggregatorFolder:
-    """Make an aggregator folder with its key and the calibrated plan. seed is for the demo: then the key is no secret."""
+    """Make an aggregator folder with its key and the calibrated plan. A seed, for the demo, makes the key no secret."""
     from aggregator.settings import AggregatorSettings, create
     from data_schemas.canonical import canonical_bytes
     from pipeline.plans import load_plan

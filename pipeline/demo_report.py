@@ -81,7 +81,7 @@ def _compare(
     spec, start = folder.load_plan().model, load_initial_weights(folder)
     local = {}
     for cohort in cohorts:
-        local[cohort.name] = _kept(out / "baselines" / f"{cohort.name}.npy", lambda c=cohort: fit_local(c, start, spec))  # type: ignore[misc]
+        local[cohort.name] = _kept(out / "baselines" / f"{cohort.name}.npy", lambda c=cohort: fit_local(c, start, spec))
         stage(f"comparison: {cohort.name} alone, without privacy")
     pooled = _kept(out / "baselines" / "pooled.npy", lambda: fit_pooled(cohorts, start, spec))
     stage("comparison: all readings pooled, without privacy")
@@ -158,7 +158,10 @@ def export_model(
 
 def _verify(folder: AggregatorFolder, nodes: Mapping[str, Path]) -> VerifyReport:
     from aggregator.verification import verify_ledger
-    return verify_ledger(folder.path / "ledger.db", folder.key().public.hex)
+    from hospital_node.witness import witnessed_note
+
+    notes = [note for home in nodes.values() if (note := witnessed_note(home))]
+    return verify_ledger(folder.path / "ledger.db", folder.key().public.hex, notes)
 
 
 def _publish(
@@ -223,7 +226,7 @@ def ask_endpoint(home: Path, model: Path, cohort: Cohort) -> str:
         thread.join(15)
         revoke_key(home, key.key_id)
     return (
-        f"endpoint: a held-out patient of {cohort.name} asked; in 30 min likely {point['p25']:.0f} to {point['p75']:.0f} "
+        f"endpoint: a held-out patient of {cohort.name} asked; in 30 min {point['p25']:.0f} to {point['p75']:.0f} "
         f"mg/dL (1 in 2), {point['p05']:.0f} to {point['p95']:.0f} (9 in 10)"
     )
 
@@ -383,8 +386,8 @@ def _summary(out: Path, data: ReportData, compared: Comparison, verified: Verify
             render_table(data),
             "",
             "The federated private model " + (beaten if not losses else "does NOT beat " + "; ".join(losses)) + ".",
-            f"Privacy: epsilon {epsilon:.2f} at delta {data.delta:g}, unit {data.unit} ({data.relation}), full noise at "
-            "each hospital.",
+            f"Privacy: epsilon {epsilon:.2f} at delta {data.delta:g}, unit {data.unit} ({data.relation}), "
+            "full noise at each hospital.",
             f"Credit (credits): {earned}",
             f"Ledger: verified, {verified.head.size} entries, cosigned by {len(verified.cosigned_by)} hospitals.",
             data.note,

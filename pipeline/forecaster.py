@@ -1,8 +1,9 @@
 """The forecaster: one LSTM layer whose output is a residual on the last reading.
 
-The layer is split so that Opacus gets per-patient gradients at the price of one batched matrix product: a GateTap owns the
-weights and sees a whole sequence once, and a parameter-free core runs the recurrence with its back-propagation through
-time written by hand.  Inputs may carry leading dimensions, for instance [patients, windows, T, F].
+The layer is split so that Opacus gets per-patient gradients at the price of one batched matrix product: a
+GateTap owns the weights and sees a whole sequence once, and a parameter-free core runs the recurrence with
+its back-propagation through time written by hand.  Inputs may carry leading dimensions, for instance
+[patients, windows, T, F].
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from pipeline.windows import FEATURES, SPREAD_SCALE_MG_DL
 
 HORIZONS = len(HORIZON_MINUTES)
 _MEDIAN = QUANTILES.index(0.50)
-# Typical absolute change, in mg/dL, after 5, 10, ... 60 minutes: outputs of the heads are in units of it.
 _SPREAD_CHANNEL = FEATURES.index("day_spread")
 _GATE_CENTRE_MG_DL = 32.0
 _GATE_WIDTH_MG_DL = 4.0
+# Typical absolute change, in mg/dL, after 5, 10, ... 60 minutes: outputs of the heads are in units of it.
 RESIDUAL_SCALE_MG_DL = tuple(8.0 * math.sqrt(h / 5.0) for h in HORIZON_MINUTES)
 
 
@@ -38,10 +39,12 @@ class ForecasterSpec:
 
 
 class GateTap(nn.Module):
-    """Owner of the LSTM's weights: gate pre-activations of a whole sequence, [..., T, 4H], gates in the order i, f, g, o.
+    """Owner of the LSTM's weights.
 
-    It is linear in its weights given (x, h_prev), so the gradient of one patient is the sum over its windows and time steps of
-    an outer product of what reaches the output with (x, h_prev, 1).
+    Gate pre-activations of a whole sequence, [..., T, 4H], gates in the order i, f, g, o.
+
+    It is linear in its weights given (x, h_prev), so the gradient of one patient is the sum over its windows
+    and time steps of an outer product of what reaches the output with (x, h_prev, 1).
     """
 
     def __init__(self, features: int, hidden_size: int) -> None:
@@ -52,13 +55,16 @@ class GateTap(nn.Module):
         self.bias = nn.Parameter(torch.zeros(4 * hidden_size))
 
     def forward(self, x: Tensor, h_prev: Tensor) -> Tensor:
-        """x [..., T, F] and h_prev [..., T, H] to gate pre-activations [..., T, 4H]."""
+        """X [..., T, F] and h_prev [..., T, H] to gate pre-activations [..., T, 4H]."""
         return functional.linear(x, self.weight_ih, self.bias) + functional.linear(h_prev, self.weight_hh)
 
 
 @dataclass(frozen=True, slots=True)
 class _Trace:
-    """What the recurrence leaves for its backward pass, time first: gates [T,N,4H] after activation, cells and hidden [T+1,N,H]."""
+    """What the recurrence leaves for its backward pass, time first.
+
+    Gates [T,N,4H] after activation, cells and hidden [T+1,N,H].
+    """
 
     gates: Tensor
     cells: Tensor
@@ -80,20 +86,22 @@ def _recur(x: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor) -> _Tr
         now[:, : 2 * size].sigmoid_()
         now[:, 2 * size : 3 * size].tanh_()
         now[:, 3 * size :].sigmoid_()
-        enter, forget, update, leave = now.split(size, dim=1)
+        enter, forget, update, leave = torch.split(now, size, dim=1)
         torch.mul(forget, cells[t], out=cells[t + 1]).addcmul_(enter, update)
         torch.tanh(cells[t + 1], out=hidden[t + 1]).mul_(leave)
     return _Trace(gates, cells, hidden)
 
 
 class _LastHidden(torch.autograd.Function):
-    """The recurrence as a function of the gate pre-activations: forward returns the last hidden state of a finished trace.
+    """The recurrence as a function of the gate pre-activations.
+
+    Forward returns the last hidden state of a finished trace.
 
     Backward returns dL/d(gate pre-activation) for every step: the complete back-propagation through time.
     """
 
     @staticmethod
-    def forward(ctx: Any, pre_activations: Tensor, trace: _Trace, weight_hh: Tensor) -> Tensor:
+    def forward(ctx: Any, pre_activations: Tensor, trace: _Trace, weight_hh: Tensor) -> Tensor:  # noqa: ARG004
         """pre_activations [N,T,4H] only carries the graph; its values are those of the trace."""
         ctx.trace, ctx.weight_hh = trace, weight_hh
         return trace.hidden[-1].clone()
@@ -103,7 +111,7 @@ class _LastHidden(torch.autograd.Function):
         """Gradient of the last hidden state [N,H] to gradients of the pre-activations [N,T,4H]."""
         trace, weight_hh = ctx.trace, ctx.weight_hh
         size = weight_hh.shape[1]
-        enter, forget, update, leave = trace.gates.split(size, dim=2)
+        enter, forget, update, leave = torch.split(trace.gates, size, dim=2)
         squashed = torch.tanh(trace.cells[1:])
         to_cell = leave * (1 - squashed * squashed)
         local = torch.empty_like(trace.gates)
@@ -116,7 +124,7 @@ class _LastHidden(torch.autograd.Function):
         for t in range(local.shape[0] - 1, -1, -1):
             d_cell.addcmul_(d_hidden, to_cell[t])
             now = local[t]
-            now[:, : 3 * size].unflatten(1, (3, size)).mul_(d_cell.unsqueeze(1))
+            now[:, : 3 * size].view(-1, 3, size).mul_(d_cell.unsqueeze(1))
             now[:, 3 * size :].mul_(d_hidden)
             if t:
                 d_hidden = now @ weight_hh
@@ -127,11 +135,12 @@ class _LastHidden(torch.autograd.Function):
 class Forecaster(nn.Module):
     """LSTM, a linear head for the mean and one for the quantiles, all as residuals on the last reading.
 
-    The last hidden state is handed to the heads twice, scaled by g and by 1 - g, where g tells a person whose last day varied
-    widely (as with type 1 diabetes) from one whose day was calm: the two kinds share the LSTM without pulling at one head.
-    `mix` is a fixed linear change of basis before the heads, set from public data by `whiten` so that private gradients are
-    well conditioned; it is never trained.  The quantile head gives the median's offset from the mean and four logits of
-    increments, passed through softplus, so quantiles cannot cross.
+    The last hidden state is handed to the heads twice, scaled by g and by 1 - g, where g tells a person
+    whose last day varied widely (as with type 1 diabetes) from one whose day was calm: the two kinds share
+    the LSTM without pulling at one head. `mix` is a fixed linear change of basis before the heads, set from
+    public data by `whiten` so that private gradients are well conditioned; it is never trained.  The
+    quantile head gives the median's offset from the mean and four logits of increments, passed through
+    softplus, so quantiles cannot cross.
     """
 
     def __init__(self, spec: ForecasterSpec | None = None, *, seed: int = 0) -> None:
@@ -164,11 +173,15 @@ class Forecaster(nn.Module):
                 head.bias.zero_()
 
     def encode(self, x: Tensor) -> Tensor:
-        """x [..., T, F] to the inputs of the heads [..., 2H+1]: by torch's own LSTM, or through the tap where `tapped` is set."""
-        return self.mix(split_by_spread(self._last_hidden(x), x))
+        """X [..., T, F] to the inputs of the heads [..., 2H+1].
+
+        By torch's own LSTM, or through the tap where `tapped` is set.
+        """
+        encoded: Tensor = self.mix(split_by_spread(self._last_hidden(x), x))
+        return encoded
 
     def _last_hidden(self, x: Tensor) -> Tensor:
-        """x [..., T, F] to the last hidden state [..., H]."""
+        """X [..., T, F] to the last hidden state [..., H]."""
         lead = x.shape[:-2]
         tap = self.tap
         flat = x.reshape(-1, *x.shape[-2:])
@@ -188,7 +201,7 @@ class Forecaster(nn.Module):
         return last.reshape(*lead, -1)
 
     def read_out(self, encoded: Tensor) -> tuple[Tensor, Tensor]:
-        """encoded [..., 2H+1] to residuals in mg/dL: mean [..., 12] and quantiles [..., 12, 5], increasing."""
+        """Read encoded [..., 2H+1] out as residuals in mg/dL: mean [..., 12] and quantiles [..., 12, 5], increasing."""
         mean = self.mean_head(encoded)
         shape = self.quantile_head(encoded).unflatten(-1, (HORIZONS, len(QUANTILES)))
         median = mean + shape[..., _MEDIAN]
@@ -200,11 +213,14 @@ class Forecaster(nn.Module):
         return mean * scale, quantiles * scale.unsqueeze(-1)
 
     def residuals(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [..., T, F] to unclipped residuals in mg/dL: mean [..., 12] and quantiles [..., 12, 5]."""
+        """X [..., T, F] to unclipped residuals in mg/dL: mean [..., 12] and quantiles [..., 12, 5]."""
         return self.read_out(self.encode(x))
 
     def forward(self, x: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
-        """x [..., T, F] and last [...] mg/dL to forecast [..., 12] and quantiles [..., 12, 5] in mg/dL within 40..400."""
+        """X [..., T, F] and last [...] mg/dL to forecast [..., 12] and quantiles [..., 12.
+
+        5] in mg/dL within 40..400.
+        """
         mean, quantiles = self.residuals(x)
         return clip_to_sensor(mean, quantiles, last)
 
@@ -218,31 +234,36 @@ class InferenceForecaster(nn.Module):
         self.heads = Forecaster(model.spec)
         self.heads.load_state_dict(model.state_dict())
         with torch.no_grad():
-            self.lstm.weight_ih_l0.copy_(model.tap.weight_ih)
-            self.lstm.weight_hh_l0.copy_(model.tap.weight_hh)
-            self.lstm.bias_ih_l0.copy_(model.tap.bias)
-            self.lstm.bias_hh_l0.zero_()
+            tap = model.tap
+            sources = (tap.weight_ih, tap.weight_hh, tap.bias, torch.zeros_like(tap.bias))
+            for target, source in zip(self.lstm.parameters(), sources, strict=True):
+                target.copy_(source)
         self.requires_grad_(False).eval()
 
     def forward(self, x: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
-        """x [B,T,F] and last [B] mg/dL to forecast [B,12] and quantiles [B,12,5] in mg/dL within 40..400."""
+        """X [B,T,F] and last [B] mg/dL to forecast [B,12] and quantiles [B,12,5] in mg/dL within 40..400."""
         _, (hidden, _) = self.lstm(x)
         mean, quantiles = self.heads.read_out(self.heads.mix(split_by_spread(hidden[-1], x)))
         return clip_to_sensor(mean, quantiles, last)
 
 
 def split_by_spread(hidden: Tensor, x: Tensor) -> Tensor:
-    """hidden [..., H] and x [..., T, F] to [..., 2H+1]: g h, (1 - g) h and g, with g near 1 after a day that varied widely."""
+    """Hidden [..., H] and x [..., T, F] to [..., 2H+1].
+
+    G h, (1 - g) h and g, with g near 1 after a day that varied widely.
+    """
     spread_mg_dl = x[..., -1, _SPREAD_CHANNEL : _SPREAD_CHANNEL + 1] * SPREAD_SCALE_MG_DL
     gate = torch.sigmoid((spread_mg_dl - _GATE_CENTRE_MG_DL) / _GATE_WIDTH_MG_DL)
     return torch.cat((gate * hidden, (1 - gate) * hidden, gate), dim=-1)
 
 
 def whiten(model: Forecaster, x: npt.NDArray[np.float32], *, floor: float = 1e-2) -> None:
-    """Change the basis before the heads, in place, so that their inputs have unit second moment on PUBLIC windows x [B,T,F].
+    """Change the basis before the heads, in place.
 
-    Forecasts stay the same.  Directions with less variance than `floor` are not blown up beyond it.  Steps of plain SGD on the
-    heads, and the noise on them, are then equally large in every direction the inputs take.
+    So that their inputs have unit second moment on PUBLIC windows x [B,T,F].
+
+    Forecasts stay the same. Directions with less variance than `floor` are not blown up beyond it. Steps of
+    plain SGD on the heads, and the noise on them, are then equally large in every direction the inputs take.
     """
     with torch.no_grad():
         inputs = split_by_spread(model._last_hidden(torch.from_numpy(x)), torch.from_numpy(x)).double()
@@ -266,11 +287,14 @@ def clip_to_sensor(mean: Tensor, quantiles: Tensor, last: Tensor) -> tuple[Tenso
     return forecast, levels
 
 
-def window_losses(mean: Tensor, quantiles: Tensor, target: Tensor, mask: Tensor, *, pinball_weight: float = 1.0) -> Tensor:
+def window_losses(
+    mean: Tensor, quantiles: Tensor, target: Tensor, mask: Tensor, *, pinball_weight: float = 1.0
+) -> Tensor:
     """Loss of each window [...]: squared error of the mean plus weighted pinball loss, averaged over real targets.
 
-    mean, target: residuals [..., 12] in mg/dL; quantiles [..., 12, 5]; mask [..., 12].  Errors are divided by
-    RESIDUAL_SCALE_MG_DL, so every horizon counts alike and a typical loss is near one.  A window without targets costs 0.
+    mean, target: residuals [..., 12] in mg/dL; quantiles [..., 12, 5]; mask [..., 12]. Errors are divided by
+    RESIDUAL_SCALE_MG_DL, so every horizon counts alike and a typical loss is near one. A window without
+    targets costs 0.
     """
     scale = mean.new_tensor(RESIDUAL_SCALE_MG_DL)
     weight = mask.to(mean.dtype)
@@ -288,7 +312,7 @@ def flatten(model: Forecaster) -> npt.NDArray[np.float32]:
 
 
 def unflatten(weights: npt.NDArray[np.float32], spec: ForecasterSpec) -> Forecaster:
-    """The model with these weights float32[D]; a wrong length is refused."""
+    """Build the model with these weights float32[D]; a wrong length is refused."""
     model = Forecaster(spec)
     load_flat(model, weights)
     return model

@@ -20,7 +20,7 @@ def load_plan(
 
     rounds, epsilon and seed replace the file's own. Raises BadInput naming the key that is wrong.
     """
-    from pipeline.private_training import calibrate
+    from pipeline.accounting import calibrate
 
     try:
         raw: dict[str, Any] = tomllib.loads(path.read_text())

@@ -39,6 +39,9 @@ NEVER_LEAVES = (
 )
 
 
+_CELL = 14  # columns of the terminal table per model: two values of five characters, each with its mark
+
+
 @dataclass(frozen=True, slots=True)
 class ModelColumn:
     """A model of the results table; note says what it is. A label of up to 11 characters fits a terminal."""
@@ -50,12 +53,16 @@ class ModelColumn:
 
 @dataclass(frozen=True, slots=True)
 class ResultRow:
-    """RMSE in mg/dL at 30 and at 60 minutes, one value per model column, None where there is no such model here."""
+    """RMSE in mg/dL at 30 and at 60 minutes, one value per model column, None where there is no such model here.
+
+    summary: the row is about all hospitals together.
+    """
 
     name: str
     people: int
     rmse_30: tuple[float | None, ...]
     rmse_60: tuple[float | None, ...]
+    summary: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,31 +198,31 @@ def render_html(data: ReportData) -> str:
 
 def render_table(data: ReportData) -> str:
     """Set the results table for a terminal of 100 columns; * marks the lowest of a row."""
-    names = ["hospital", *(row.name for row in data.rows)]
-    first = min(max(map(len, names)), 16)
-    cell = min(14, (100 - first - 8) // max(len(data.columns), 1) - 1)
-    heads = [f"{'hospital':<{first}}  people", *(f"{c.label[:cell]:>{cell}}" for c in data.columns)]
-    units = [" " * (first + 8), *(f"{'30    60 ':>{cell}}" for _ in data.columns)]
-    lines = ["RMSE in mg/dL at 30 and 60 minutes, lower is better; * is the lowest of its row", " ".join(heads)]
-    lines += [" ".join(units), "-" * len(lines[1])]
-    for index, row in enumerate(data.rows):
-        if index and index == len(data.rows) - 1:
+    names = ["hospital (people)", *(f"{row.name} ({row.people})" for row in data.rows)]
+    first = min(max(map(len, names)), 100 - _CELL * len(data.columns))
+    heads = [f"{'hospital (people)':<{first}.{first}}", *(f"{c.label:>{_CELL}.{_CELL - 1}}" for c in data.columns)]
+    units = [" " * first, *(f"{'30     60 ':>{_CELL}}" for _ in data.columns)]
+    lines = ["RMSE in mg/dL at 30 and 60 minutes, lower is better; * is the lowest of its row", "".join(heads)]
+    lines += ["".join(units), "-" * len(lines[1])]
+    for before, row, name in zip([None, *data.rows], data.rows, names[1:], strict=False):
+        if before is not None and row.summary and not before.summary:
             lines.append("-" * len(lines[1]))
         pairs = zip(_marked(row.rmse_30), _marked(row.rmse_60), strict=True)
-        cells = [f"{_short(a)} {_short(b)}".rjust(cell) for a, b in pairs]
-        lines.append(" ".join([f"{row.name[:first]:<{first}} {row.people:>7}", *cells]))
+        lines.append(
+            "".join([f"{name:<{first}.{first}}", *(f"{_short(a)} {_short(b)}".rjust(_CELL) for a, b in pairs)])
+        )
     return "\n".join(line.rstrip() for line in lines) + "\n"
 
 
 def _marked(values: tuple[float | None, ...]) -> list[tuple[float | None, bool]]:
-    """Each value with whether it is the lowest of its row, to the decimal that is shown."""
-    known = [round(v, 1) for v in values if v is not None and math.isfinite(v)]
-    return [(v, v is not None and bool(known) and round(v, 1) == min(known)) for v in values]
+    """Each value with whether it is the lowest of its row, to the decimals that are shown."""
+    known = [round(v, 2) for v in values if v is not None and math.isfinite(v)]
+    return [(v, v is not None and bool(known) and round(v, 2) == min(known)) for v in values]
 
 
 def _short(marked: tuple[float | None, bool]) -> str:
     value, best = marked
-    return f"{_number(value):>4}{'*' if best else ' '}"
+    return f"{_number(value, 2):>5}{'*' if best else ' '}"
 
 
 def _results(data: ReportData) -> list[dict[str, Any]]:
@@ -224,10 +231,10 @@ def _results(data: ReportData) -> list[dict[str, Any]]:
         {
             "name": row.name,
             "people": row.people,
-            "pooled": index == len(data.rows) - 1,
+            "summary": row.summary,
             "cells": list(zip(_marked(row.rmse_30), _marked(row.rmse_60), strict=True)),
         }
-        for index, row in enumerate(data.rows)
+        for row in data.rows
     ]
 
 

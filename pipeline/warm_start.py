@@ -1,7 +1,8 @@
 """The public warm start: where every federation begins, trained on PhysioCGM (CC0) alone.
 
-Recipe: the public readings as they are, thinned to 15 minutes in two phases, and played 1.5 and 2 times faster; part of the
-windows shrunk towards the range of people without diabetes, with sensor noise.  Then the basis before the heads is whitened.
+Recipe: the public readings as they are, thinned to 15 minutes in two phases, and played 1.5 and 2 times
+faster; part of the windows shrunk towards the range of people without diabetes, with sensor noise.  Then the
+basis before the heads is whitened.
 
     python -m pipeline.warm_start CSV OUT.npz
 """
@@ -44,7 +45,7 @@ def read_public(csv_path: Path) -> Series:
 
 
 def replayed(series: Series, *, speed: float = 1.0, grid_minutes: int = 5, phase_minutes: int = 0) -> Series:
-    """The same people living `speed` times faster, the first reading of every grid_minutes kept."""
+    """Show the same people living `speed` times faster, the first reading of every grid_minutes kept."""
     times, glucose, starts = [], [], [0]
     for begin, end in zip(series.starts[:-1], series.starts[1:], strict=True):
         time_s = (series.time_s[begin:end] / speed).astype(np.int64)
@@ -57,7 +58,7 @@ def replayed(series: Series, *, speed: float = 1.0, grid_minutes: int = 5, phase
 
 
 def shrunk(rng: np.random.Generator, batch: Batch) -> Batch:
-    """A share of the windows moved to a calmer, lower person: level and spread both, targets with them."""
+    """Move a share of the windows to a calmer, lower person: level and spread both, targets with them."""
     count = len(batch.last)
     chosen = rng.random(count) < _SHRUNK_SHARE
     factor = np.where(chosen, rng.uniform(*_SHRINK, count), 1.0).astype(np.float32)
@@ -70,7 +71,7 @@ def shrunk(rng: np.random.Generator, batch: Batch) -> Batch:
 
 
 def sources(series: Series) -> list[Windows]:
-    """The five sources of windows, in the order of SHARES."""
+    """Cut the five sources of windows, in the order of SHARES."""
     played = [
         series,
         replayed(series, grid_minutes=15),
@@ -83,7 +84,7 @@ def sources(series: Series) -> list[Windows]:
 
 def train(csv_path: Path, *, steps: int = STEPS) -> Weights:
     """Weights float32[D] from the public readings; the same file gives the same weights on the same machine."""
-    from pipeline.private_training import FitPlan, fit
+    from pipeline.fitting import FitPlan, fit
 
     windows = sources(read_public(csv_path))
     weights = fit(flatten(Forecaster(SPEC)), SPEC, windows, FitPlan(steps=steps, weights=SHARES), shrunk)
@@ -108,15 +109,15 @@ def save(weights: Weights, csv_path: Path, out: Path, *, steps: int = STEPS) -> 
 
 
 def load(path: Path | None = None) -> Weights:
-    """The shipped weights float32[D], or those of another file written by `save`."""
+    """Read the shipped weights float32[D], or those of another file written by `save`."""
     with np.load(path or Path(__file__).with_suffix(".npz"), allow_pickle=False) as stored:
         return np.asarray(stored["weights"], dtype=np.float32)
 
 
 def main(arguments: list[str]) -> int:
-    """python -m pipeline.warm_start CSV OUT."""
+    """Python -m pipeline.warm_start CSV OUT."""
     if len(arguments) != 2:
-        print("usage: python -m pipeline.warm_start CSV OUT.npz", file=sys.stderr)
+        sys.stderr.write("usage: python -m pipeline.warm_start CSV OUT.npz\n")
         return 2
     source, out = Path(arguments[0]), Path(arguments[1])
     save(train(source), source, out)

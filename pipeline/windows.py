@@ -1,8 +1,9 @@
 """Causal forecast windows over glucose readings.
 
-A window is anchored at a real reading (the issue reading, time t0).  Its history lies on a grid that counts back from t0, each
-step carrying the last reading known at that grid time together with its age, so 5-minute, 15-minute and irregular sensors
-share one model and nothing after t0 is ever seen.  Targets are real readings only; where there is none the mask is False.
+A window is anchored at a real reading (the issue reading, time t0).  Its history lies on a grid that counts
+back from t0, each step carrying the last reading known at that grid time together with its age, so 5-minute,
+15-minute and irregular sensors share one model and nothing after t0 is ever seen.  Targets are real readings
+only; where there is none the mask is False.
 """
 
 from __future__ import annotations
@@ -23,7 +24,15 @@ Int64: TypeAlias = npt.NDArray[np.int64]
 Float32: TypeAlias = npt.NDArray[np.float32]
 Bool: TypeAlias = npt.NDArray[np.bool_]
 
-FEATURES = ("change_from_last", "level", "change_from_step_before", "age", "day_mean", "day_spread", "day_covered")
+FEATURES = (
+    "change_from_last",
+    "level",
+    "change_from_step_before",
+    "age",
+    "day_mean",
+    "day_spread",
+    "day_covered",
+)
 JUMP_MG_DL = 20.0
 JUMP_MG_DL_PER_MIN = 4.0
 _CHANGE_SCALE_MG_DL = 40.0
@@ -41,11 +50,12 @@ class WindowSpec:
 
     jitter_seconds: a reading this little after a grid time still counts for it (never one after t0).
     target_tolerance_seconds: a target is the nearest reading within this distance of t0 + h.
-    max_carry_minutes: an older reading is not carried; the step is filled with the last reading and the greatest age.
-    max_last_gap_minutes: no forecast is issued when the reading before t0 is further away than this.
-    min_history_minutes: no forecast is issued when the patient's first reading in the history is nearer than this.
-    max_jumps: no forecast is issued when the history holds more impossible jumps than this (two sensors interleaved, say); a
-    jump is a change of more than JUMP_MG_DL + JUMP_MG_DL_PER_MIN x minutes between neighbouring readings.
+    max_carry_minutes: an older reading is not carried; the step is filled with the last reading and the
+    greatest age. max_last_gap_minutes: no forecast is issued when the reading before t0 is further away than
+    this. min_history_minutes: no forecast is issued when the patient's first reading in the history is
+    nearer than this. max_jumps: no forecast is issued when the history holds more impossible jumps than this
+    (two sensors interleaved, say); a jump is a change of more than JUMP_MG_DL + JUMP_MG_DL_PER_MIN x minutes
+    between neighbouring readings.
     """
 
     history_minutes: int = 180
@@ -59,7 +69,11 @@ class WindowSpec:
     max_jumps: int = 2
 
     def __post_init__(self) -> None:
-        if self.grid_minutes <= 0 or self.history_minutes % self.grid_minutes or self.horizon_minutes % self.grid_minutes:
+        if (
+            self.grid_minutes <= 0
+            or self.history_minutes % self.grid_minutes
+            or self.horizon_minutes % self.grid_minutes
+        ):
             raise ValueError("history_minutes and horizon_minutes must be multiples of grid_minutes")
         if not 0 <= self.jitter_seconds < self.grid_minutes * 30 + 1:
             raise ValueError("jitter_seconds must stay below half a grid step")
@@ -86,8 +100,8 @@ class WindowSpec:
 class Series:
     """Readings of many patients, one after the other.
 
-    starts: int64[P+1], patient p owns rows starts[p]:starts[p+1].  time_s: int64[N], UTC epoch seconds, strictly increasing
-    within a patient.  glucose_mg_dl: float32[N].
+    starts: int64[P+1], patient p owns rows starts[p]:starts[p+1].  time_s: int64[N], UTC epoch seconds,
+    strictly increasing within a patient.  glucose_mg_dl: float32[N].
     """
 
     patients: tuple[str, ...]
@@ -114,7 +128,8 @@ class Series:
     def from_frame(cls, frame: pd.DataFrame) -> Series:
         """Columns patient_id (or patient), measured_at (tz-aware UTC datetime), glucose_mg_dl; any row order.
 
-        Of readings of one patient in the same second the first stays.  Patients come out sorted by identifier.
+        Of readings of one patient in the same second the first stays.  Patients come out sorted by
+        identifier.
         """
         name = "patient_id" if "patient_id" in frame.columns else "patient"
         moments: Any = frame["measured_at"]
@@ -132,7 +147,7 @@ class Series:
         return cls(tuple(str(p) for p in patients), starts, time_s, glucose)
 
     def select(self, patients: Sequence[str]) -> Series:
-        """The readings of these patients only, in the order of this series; unknown names are refused."""
+        """Keep the readings of these patients only, in the order of this series; unknown names are refused."""
         wanted = set(patients)
         if unknown := wanted - set(self.patients):
             raise KeyError(f"{len(unknown)} of the patients are not in the series")
@@ -157,7 +172,8 @@ class Batch:
 class Windows:
     """A view over a series: the readings at which a forecast is issued.
 
-    anchors: int64[M], increasing row numbers of the series.  offsets: int64[P+1], patient p owns anchors offsets[p]:offsets[p+1].
+    anchors: int64[M], increasing row numbers of the series.  offsets: int64[P+1], patient p owns anchors
+    offsets[p]:offsets[p+1].
     """
 
     series: Series
@@ -216,9 +232,10 @@ def cut_windows(series: Series, spec: WindowSpec, *, need_target: bool = True) -
 
 
 def history_features(time_s: Int64, glucose_mg_dl: Float32, spec: WindowSpec) -> tuple[Float32, Float32]:
-    """Serving: x float32[1,T,F] and last float32[1] for a forecast issued at the newest of one patient's readings.
+    """Build for serving: x float32[1,T,F] and last float32[1] for a forecast issued at one patient's newest reading.
 
-    time_s: int64[N], strictly increasing; glucose_mg_dl: float32[N].  Same code as training, so the same numbers.
+    time_s: int64[N], strictly increasing; glucose_mg_dl: float32[N]. Same code as training, so the same
+    numbers.
     """
     times = np.asarray(time_s, dtype=np.int64)
     if len(times) == 0 or len(times) != len(glucose_mg_dl) or np.any(np.diff(times) <= 0):
@@ -231,7 +248,10 @@ def history_features(time_s: Int64, glucose_mg_dl: Float32, spec: WindowSpec) ->
 
 
 def _global_key(series: Series, spec: WindowSpec) -> Int64:
-    """int64[N]: times shifted per patient so that they increase over the whole series and no window meets a neighbour."""
+    """int64[N].
+
+    Times shifted per patient so that they increase over the whole series and no window meets a neighbour.
+    """
     if not len(series.time_s):
         return np.zeros(0, dtype=np.int64)
     sizes = np.diff(series.starts)
@@ -264,8 +284,10 @@ def _carried(
 
 
 def _day_before(key: Int64, glucose: Float32, first_row: Int64) -> Float32:
-    """float32[N,3] for each reading: mean and standard deviation (mg/dL) of the readings of the 24 hours up to and including it,
-    and the share of those 24 hours that they span.  It tells what kind of person this is.
+    """float32[N,3] for each reading.
+
+    Mean and standard deviation (mg/dL) of the readings of the 24 hours up to and including it, and the share
+    of those 24 hours that they span. It tells what kind of person this is.
     """
     if not len(key):
         return np.zeros((0, 3), dtype=np.float32)
@@ -296,9 +318,12 @@ def _features(value: Float32, age_s: Float32, last: Float32, day: Float32) -> Fl
 
 
 def shifted_levels(x: Float32, factor: Float32, shift_mg_dl: Float32, noise_mg_dl: Float32) -> tuple[Float32, Float32]:
-    """The same windows for another glucose range: every value v becomes factor x v + shift, plus noise, within the sensor's range.
+    """Move the same windows to another glucose range.
 
-    x: float32[B,T,F]; factor and shift_mg_dl: float32[B]; noise_mg_dl: float32[B,T].  Returns new x and new last readings [B].
+    Every value v becomes factor x v + shift, plus noise, within the sensor's range.
+
+    x: float32[B,T,F]; factor and shift_mg_dl: float32[B]; noise_mg_dl: float32[B,T]. Returns new x and new
+    last readings [B].
     """
     by, move = factor[:, None], shift_mg_dl[:, None]
     level = x[..., 1] * _LEVEL_SCALE_MG_DL + _LEVEL_CENTRE_MG_DL
@@ -312,7 +337,8 @@ def shifted_levels(x: Float32, factor: Float32, shift_mg_dl: Float32, noise_mg_d
 def _targets(key: Int64, glucose: Float32, rows: Int64, spec: WindowSpec) -> tuple[Float32, Bool]:
     """Nearest real reading within the tolerance of each t0 + h: y float32[B,12] (0 where absent), mask bool[B,12].
 
-    Only readings after the issue reading count, and neighbours of other patients are further than any horizon.
+    Only readings after the issue reading count, and neighbours of other patients are further than any
+    horizon.
     """
     ahead = np.asarray(spec.horizons_minutes, dtype=np.int64) * 60
     asked = key[rows][:, None] + ahead[None, :]

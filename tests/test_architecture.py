@@ -1,4 +1,4 @@
-"""The house rules that a reader relies on: one door per heavy library, small modules, small functions, no leaks in the text."""
+"""The house rules that a reader relies on: one door per heavy library, small modules and functions, clean texts."""
 
 import ast
 import re
@@ -19,8 +19,8 @@ DOORS = {
         "aggregator/rounds.py",
         "aggregator/embedded_grid.py",
     },
-    "opacus": {"pipeline/private_training.py"},
-    "pytorch_lightning": {"pipeline/private_training.py"},
+    "opacus": {"pipeline/private_training.py", "pipeline/accounting.py"},
+    "pytorch_lightning": {"pipeline/private_training.py", "pipeline/fitting.py"},
     "mlflow": {"aggregator/registry.py"},
     "great_expectations": {"hospital_node/validation.py"},
     "cryptography": {"pipeline/signing.py"},
@@ -78,13 +78,16 @@ def test_broad_excepts_stand_only_at_the_boundaries() -> None:
     found: dict[str, int] = {}
     for name, tree in sources():
         for node in ast.walk(tree):
-            if isinstance(node, ast.ExceptHandler) and (node.type is None or ast.unparse(node.type) in BROAD):
+            if isinstance(node, ast.ExceptHandler) and swallows_everything(node):
                 found[name] = found.get(name, 0) + 1
 
     assert found == BROAD_EXCEPT_ALLOWED
 
 
-BROAD = {"Exception", "BaseException"}
+def swallows_everything(handler: ast.ExceptHandler) -> bool:
+    """Tell whether a handler is broad; one that ends by raising again only cleans up."""
+    broad = handler.type is None or ast.unparse(handler.type) in {"Exception", "BaseException"}
+    return broad and not isinstance(handler.body[-1], ast.Raise)
 
 
 def test_import_contracts_hold() -> None:

@@ -34,7 +34,7 @@ def inputs(*lead: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> tup
 
 
 def looped_hidden(model: Forecaster, x: torch.Tensor) -> torch.Tensor:
-    """The textbook LSTM, one step at a time, for autograd to differentiate."""
+    """Run the textbook LSTM, one step at a time, for autograd to differentiate."""
     tap, size = model.tap, model.spec.hidden_size
     hidden = cell = x.new_zeros(x.shape[0], size)
     for t in range(x.shape[1]):
@@ -92,14 +92,16 @@ def test_quantiles_never_cross_and_stay_within_the_sensor() -> None:
     forecast, quantiles = predict(model, x.numpy(), rng.uniform(40, 400, 64).astype(np.float32), batch_size=10)
     assert (np.diff(quantiles, axis=-1) >= 0).all()
     for values in (forecast, quantiles):
-        assert values.min() >= SENSOR_MIN_MG_DL and values.max() <= SENSOR_MAX_MG_DL
+        assert values.min() >= SENSOR_MIN_MG_DL
+        assert values.max() <= SENSOR_MAX_MG_DL
 
 
 def test_flat_weights_round_trip_and_wrong_lengths_are_refused() -> None:
-    """flatten then unflatten is the same model; any other length is an error."""
+    """Flatten then unflatten is the same model; any other length is an error."""
     model = Forecaster(SPEC, seed=5)
     weights = flatten(model)
-    assert weights.dtype == np.float32 and weights.shape == (weight_count(SPEC),)
+    assert weights.dtype == np.float32
+    assert weights.shape == (weight_count(SPEC),)
     np.testing.assert_array_equal(flatten(unflatten(weights, SPEC)), weights)
     with pytest.raises(ValueError, match="expected"):
         unflatten(weights[:-1], SPEC)

@@ -9,23 +9,22 @@ import numpy as np
 import pytest
 import torch
 
+from data_schemas.plan import PrivacyEvent
+from pipeline.accounting import calibrate, epsilon_of
+from pipeline.fitting import FitPlan, fit
 from pipeline.forecaster import Forecaster, ForecasterSpec, flatten, unflatten
-from pipeline.private_training import (
-    FitPlan,
-    LocalPlan,
-    PrivacyEvent,
-    SecureNoise,
-    SeededNoise,
-    calibrate,
-    epsilon_of,
-    fit,
-    train_steps,
-)
+from pipeline.noise import SecureNoise, SeededNoise
+from pipeline.private_training import LocalPlan, train_steps
 from pipeline.windows import Series, Windows, WindowSpec, cut_windows
 
 SPEC = ForecasterSpec(hidden_size=4)
 PLAN = LocalPlan(
-    steps=1, learning_rate=0.5, sample_rate=1.0, noise_multiplier=0.0, max_grad_norm=0.01, windows_per_patient=8
+    steps=1,
+    learning_rate=0.5,
+    sample_rate=1.0,
+    noise_multiplier=0.0,
+    max_grad_norm=0.01,
+    windows_per_patient=8,
 )
 WEIGHTS = flatten(Forecaster(SPEC, seed=1))
 
@@ -50,12 +49,17 @@ def run(windows: Windows, plan: LocalPlan, declared: int, seed: int = 0) -> np.n
 
 
 class SamePicks:
-    """Everybody joins and everybody's windows are the first ones, so that runs with and without a patient are comparable."""
+    """Everybody joins and everybody's windows are the first ones.
+
+    So that runs with and without a patient are comparable.
+    """
 
     def normal(self, count: int) -> torch.Tensor:
+        """No noise."""
         return torch.zeros(count, dtype=torch.float64)
 
     def uniform(self, count: int) -> torch.Tensor:
+        """Pick the first."""
         return torch.zeros(count, dtype=torch.float64)
 
 
@@ -91,8 +95,12 @@ def test_one_unclipped_patient_without_noise_is_plain_sgd() -> None:
     model = unflatten(WEIGHTS, SPEC).train()
     batch = windows.gather(np.repeat(windows.anchors[:1], plan.windows_per_patient))
     mean, quantiles = model.residuals(torch.from_numpy(batch.x))
-    window_losses(mean, quantiles, torch.from_numpy(batch.y - batch.last[:, None]), torch.from_numpy(batch.mask)).mean().backward()
-    gradient = np.concatenate([(torch.zeros_like(p) if p.grad is None else p.grad).numpy().ravel() for p in model.parameters()])
+    window_losses(
+        mean, quantiles, torch.from_numpy(batch.y - batch.last[:, None]), torch.from_numpy(batch.mask)
+    ).mean().backward()
+    gradient = np.concatenate(
+        [(torch.zeros_like(p) if p.grad is None else p.grad).numpy().ravel() for p in model.parameters()]
+    )
     np.testing.assert_allclose(got, -plan.learning_rate * gradient, atol=1e-6)
 
 
@@ -102,8 +110,11 @@ def test_only_the_heads_move_when_only_the_heads_are_trained() -> None:
     tap = sum(p.numel() for p in Forecaster(SPEC).tap.parameters())
     mix = sum(p.numel() for p in Forecaster(SPEC).mix.parameters())
     head, everything = (run(cohort(3), replace(plan, trainable=t), 3) for t in ("head", "all"))
-    assert not head[: tap + mix].any() and head[tap + mix :].all()
-    assert everything[:tap].all() and not everything[tap : tap + mix].any() and everything[tap + mix :].all()
+    assert not head[: tap + mix].any()
+    assert head[tap + mix :].all()
+    assert everything[:tap].all()
+    assert not everything[tap : tap + mix].any()
+    assert everything[tap + mix :].all()
 
 
 @pytest.mark.parametrize("patients", [0, 3])
@@ -141,7 +152,8 @@ def test_secure_noise_is_standard_gaussian_and_never_repeats() -> None:
     assert float((draws.abs() > 1.959964).double().mean()) == pytest.approx(0.05, abs=0.004)
     assert not torch.equal(draws[:100], SecureNoise().normal(100))
     uniform = SecureNoise().uniform(100_000)
-    assert 0 <= float(uniform.min()) and float(uniform.max()) < 1
+    assert float(uniform.min()) >= 0
+    assert float(uniform.max()) < 1
     assert float(uniform.mean()) == pytest.approx(0.5, abs=0.01)
 
 
@@ -153,19 +165,24 @@ def test_secure_rounds_differ() -> None:
 
 
 def test_accounting_composes_different_events() -> None:
-    """As Opacus's accountant: grows with every event, indifferent to how steps are split, and a plain Gaussian is known."""
+    """As Opacus's accountant.
+
+    Grows with every event, indifferent to how steps are split, and a plain Gaussian is known.
+    """
     from opacus.accountants import RDPAccountant
 
-    train = PrivacyEvent(0.3, 2.0, 50)
+    train = PrivacyEvent(sample_rate=0.3, noise_multiplier=2.0, steps=50)
     assert epsilon_of([], 1e-5) == 0
-    assert epsilon_of([train, train], 1e-5) == pytest.approx(epsilon_of([replace(train, steps=100)], 1e-5))
-    release = PrivacyEvent(1.0, 5.0, 1)
+    assert epsilon_of([train, train], 1e-5) == pytest.approx(
+        epsilon_of([train.model_copy(update={"steps": 100})], 1e-5)
+    )
+    release = PrivacyEvent(sample_rate=1.0, noise_multiplier=5.0, steps=1)
     both = epsilon_of([train, release], 1e-5)
     accountant = RDPAccountant()
     accountant.history = [(2.0, 0.3, 50), (5.0, 1.0, 1)]
     assert both == pytest.approx(accountant.get_epsilon(1e-5), rel=1e-9)
     assert max(epsilon_of([train], 1e-5), epsilon_of([release], 1e-5)) < both
-    assert epsilon_of([replace(train, noise_multiplier=0.0)], 1e-5) == math.inf
+    assert epsilon_of([train.model_copy(update={"noise_multiplier": 0.0})], 1e-5) == math.inf
     assert 0.5 < epsilon_of([release], 1e-5) < math.sqrt(2 * math.log(1.25 / 1e-5)) / 5.0
 
 
@@ -173,21 +190,28 @@ def test_accounting_composes_different_events() -> None:
 def test_calibrated_noise_meets_its_epsilon_narrowly(epsilon: float, sample_rate: float, steps: int) -> None:
     """The noise found stays within epsilon and one percent less noise does not."""
     noise = calibrate(epsilon, 1e-5, sample_rate, steps)
-    assert epsilon_of([PrivacyEvent(sample_rate, noise, steps)], 1e-5) <= epsilon
-    assert epsilon_of([PrivacyEvent(sample_rate, 0.99 * noise, steps)], 1e-5) > epsilon
+    assert epsilon_of([PrivacyEvent(sample_rate=sample_rate, noise_multiplier=noise, steps=steps)], 1e-5) <= epsilon
+    assert (
+        epsilon_of([PrivacyEvent(sample_rate=sample_rate, noise_multiplier=0.99 * noise, steps=steps)], 1e-5) > epsilon
+    )
 
 
 def test_the_event_is_the_plan() -> None:
     """The result carries exactly what the plan will be accounted for."""
     plan = replace(PLAN, noise_multiplier=1.5, steps=2, sample_rate=0.5)
     result = train_steps(WEIGHTS, SPEC, cohort(2), plan, 2, SeededNoise(0))
-    assert result.event == plan.event == PrivacyEvent(0.5, 1.5, 2)
+    assert result.event == plan.event == PrivacyEvent(sample_rate=0.5, noise_multiplier=1.5, steps=2)
 
 
 def test_nonsense_plans_are_refused() -> None:
     """Zero steps, sample rates above 1 and negative noise cannot be expressed."""
-    for change in ({"steps": 0}, {"sample_rate": 1.5}, {"noise_multiplier": -1.0}, {"max_grad_norm": math.nan}):
-        with pytest.raises(ValueError):
+    for change in (
+        {"steps": 0},
+        {"sample_rate": 1.5},
+        {"noise_multiplier": -1.0},
+        {"max_grad_norm": math.nan},
+    ):
+        with pytest.raises(ValueError, match="must be"):
             replace(PLAN, **change)
 
 

@@ -76,7 +76,9 @@ def report() -> ReportData:
                 (15.0, 14.0, None, 13.5, 13.4, 13.3),
                 (20.0, 19.0, None, 18.0, 17.9, 17.8),
             ),
-            ResultRow("pooled", 124, (20.0, 19.0, 18.0, 17.0, 16.0, 16.5), (30.0, 29.0, 28.0, 27.0, 26.5, 26.0)),
+            ResultRow(
+                "pooled", 124, (20.0, 19.0, 18.0, 17.0, 16.0, 16.5), (30.0, 29.0, 28.0, 27.0, 26.5, 26.0), summary=True
+            ),
         ),
         detail=evaluate(scored()),
         privacy=(PrivacyLine("north", 8, 5.694, 8.0, 4, 2.1), PrivacyLine("south", 40, 3.1, 8.0, 0, None)),
@@ -165,9 +167,9 @@ def test_best_of_each_row_is_highlighted() -> None:
     )
     best = {name: re.findall(r'class="[^"]*best">([^<]+)<', cells) for name, cells in rows}
     assert best == {
-        "north": ["20.0", "20.0", "32.6"],
-        "south-with-a-long-name": ["13.3", "17.8"],
-        "pooled": ["16.0", "26.0"],
+        "north": ["19.96", "32.60"],
+        "south-with-a-long-name": ["13.30", "17.80"],
+        "pooled": ["16.00", "26.00"],
     }
 
 
@@ -197,9 +199,8 @@ def test_terminal_table() -> None:
     assert max(map(len, lines)) <= 100
     assert [label for label in LABELS if label in lines[1]] == list(LABELS)
     north = next(line for line in lines if line.startswith("north"))
-    assert re.findall(r"[\d.]+\*?", north) == (
-        ["4", "22.8", "36.7", "20.4", "33.0", "20.3", "32.9", "20.2", "32.8", "20.0*", "32.7", "20.0*", "32.6*"]
-    )
+    shown = "4 22.81 36.70 20.40 33.00 20.30 32.90 20.20 32.80 19.96* 32.70 20.04 32.60*"
+    assert re.findall(r"[\d.]+\*?", north) == shown.split()
     assert "–" in next(line for line in lines if line.startswith("south"))
     assert lines[-1].startswith("pooled")
 
