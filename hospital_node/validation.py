@@ -8,6 +8,7 @@ store) and counts.
 from __future__ import annotations
 
 import functools
+import logging
 import json
 import os
 from dataclasses import dataclass
@@ -290,6 +291,7 @@ def _gx_suite(rules: tuple[Rule, ...]) -> Any:
 def _batch_definition() -> Any:
     """Return where GX takes a frame from: an ephemeral context, so nothing is written, and no analytics."""
     os.environ["GX_ANALYTICS_ENABLED"] = "false"
+    logging.getLogger("great_expectations").setLevel(logging.WARNING)
     import great_expectations as gx
 
     context = gx.get_context(mode="ephemeral")

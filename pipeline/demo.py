@@ -7,9 +7,9 @@ safe to repeat, so a run that was killed goes on where it stopped when the same 
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -98,12 +98,14 @@ def run_demo(out: Path, rounds: int | None, epsilon: float | None, seed: int, sa
 
 def _finished(out: Path, asked: Mapping[str, Any]) -> bool:
     """Whether `out` holds this very run, finished; remembers what was asked at the first call."""
+    from pipeline.signing import write_durably
+
     settings = out / "demo.json"
     if not settings.exists():
         if out.exists() and any(out.iterdir()):
             raise BadInput(f"{out} holds something else", "give --out an empty or new folder")
         out.mkdir(parents=True, exist_ok=True)
-        settings.write_text(json.dumps(asked))
+        write_durably(settings, json.dumps(asked).encode())
     if (held := json.loads(settings.read_text())) != asked:
         told = ", ".join(f"{key} {value}" for key, value in held.items() if value is not None)
         raise BadInput(f"{out} holds a run with {told}", "give --out another folder, or the same options to resume")
@@ -113,11 +115,13 @@ def _finished(out: Path, asked: Mapping[str, Any]) -> bool:
 def _node(site: Site, home: Path, folder: AggregatorFolder, seed: int, stage: Stage) -> QualityReport:
     """Make the hospital's node unless it is there, and import its exports; importing again adds nothing."""
     from data_schemas.layout import load_layout
+    from data_schemas.reading import QualityReport
     from hospital_node.folder import NodeFolder
     from hospital_node.importing import import_exports
     from hospital_node.settings import NodeSettings, Source
     from hospital_node.store import Store
     from hospital_node.validation import render_report
+    from pipeline.signing import write_durably
 
     if not (home / "node.toml").exists():
         settings = NodeSettings(
@@ -134,24 +138,19 @@ def _node(site: Site, home: Path, folder: AggregatorFolder, seed: int, stage: St
         )
         NodeFolder.create(home, settings)
     kept = home / "reports" / "intake.json"
+    if kept.exists():
+        stage(f"{site.name}: imported before")
+        return QualityReport(**json.loads(kept.read_text()))
     with NodeFolder.open(home) as node:
+        # A kill between the import and its report: import again, so that the report is the first import's.
+        shutil.rmtree(node.store)
+        node.store.mkdir(mode=0o700)
         source = node.settings.sources[0]
         layout, store = load_layout(source.layout), Store(node.store)
         report = import_exports(Path(source.path), layout, source.zone, node.pseudonym_key, store)
-        if not kept.exists():
-            kept.write_text(json.dumps(_plain(report)))
-    stage(f"{site.name}: {render_report(report)}")
-    return _report(json.loads(kept.read_text()))
-
-
-def _plain(report: QualityReport) -> dict[str, Any]:
-    return {name: getattr(report, name) for name in report.__slots__}
-
-
-def _report(values: dict[str, Any]) -> QualityReport:
-    from data_schemas.reading import QualityReport
-
-    return QualityReport(**values)
+        write_durably(kept, json.dumps({name: getattr(report, name) for name in report.__slots__}).encode())
+    stage(f"{site.name}: {render_report(report).replace(chr(10), chr(10) + ' ' * 9)}")
+    return report
 
 
 def _aggregator(path: Path, rounds: int | None, epsilon: float | None, seed: int) -> AggregatorFolder:
@@ -280,10 +279,12 @@ class RunRecord:
 
     def round_closed(self, summary: RoundSummary) -> None:
         """Tell a round."""
+        from pipeline.signing import write_durably
+
         curve = self.curve()
         if str(summary.round) not in curve:
             curve[str(summary.round)] = self._errors(summary.run)
-            self.curve_file.write_text(json.dumps(curve))
+            write_durably(self.curve_file, json.dumps(curve).encode())
         errors = curve[str(summary.round)]
         mean = f"held-out RMSE@30 {sum(errors.values()) / len(errors):.2f}  " if errors else ""
         rejected = "".join(f"  {update.node}: {update.code}" for update in summary.rejected)
@@ -302,11 +303,7 @@ class RunRecord:
 
     def curve(self) -> dict[str, dict[str, float]]:
         """RMSE at 30 minutes by round and hospital, as far as it was measured."""
-        if not self.curve_file.exists():
-            return {}
-        with suppress(json.JSONDecodeError):
-            return dict(json.loads(self.curve_file.read_text()))
-        return {}
+        return dict(json.loads(self.curve_file.read_text())) if self.curve_file.exists() else {}
 
     def _errors(self, run: str) -> dict[str, float]:
         from aggregator.state import StateFolder

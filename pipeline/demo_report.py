@@ -24,6 +24,7 @@ from pipeline.report import (
     render_table,
     write_report,
 )
+from pipeline.signing import write_durably
 
 EXAMPLES_FROM = ("arizona", "manchester", "stanford")
 
@@ -63,7 +64,7 @@ def finish(
     data = _report_data(folder, compared, intake, result, nodes, verified, pictures)
     write_report(data, out / "report.html")
     summary = _summary(out, data, compared, verified)
-    (out / "result.json").write_text(json.dumps({"text": summary, "model_hash": result.model_hash}))
+    write_durably(out / "result.json", json.dumps({"text": summary, "model_hash": result.model_hash}).encode())
     stage.say("\n" + summary)
 
 
