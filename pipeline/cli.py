@@ -83,23 +83,25 @@ def node_init(
     zone: Annotated[str | None, typer.Option(help="IANA time zone of the exports, such as Europe/Madrid.")] = None,
 ) -> None:
     """Make a node folder: settings, keys, store and budget book."""
+    from pydantic import ValidationError
+
     from hospital_node.folder import NodeFolder
     from hospital_node.settings import NodeSettings, Source
 
     if (exports is None) != (layout is None):
         raise BadInput("--exports and --layout go together", "give both, or neither and edit node.toml later")
-    sources = () if exports is None else (Source(path=str(exports.resolve()), layout=str(layout), zone=zone),)
     try:
         settings = NodeSettings(
             name=name,
             federation=federation,
             aggregator_public_key=aggregator_key,
-            sources=sources,
+            sources=() if exports is None else (Source(path=str(exports.resolve()), layout=str(layout), zone=zone),),
             declared_training_patients=training,
             declared_heldout_patients=heldout,
         )
-    except ValueError as error:
-        raise BadInput("a setting is not valid: " + str(error).splitlines()[1], "see islet node init --help") from error
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise BadInput(f"not a node's settings: {wrong}", "see islet node init --help") from error
     NodeFolder.create(path, settings)
     say(f"made node {name} in {path}; next: islet node import {path}")
 
