@@ -26,7 +26,7 @@ from pipeline.report import (
 )
 from pipeline.signing import write_durably
 
-EXAMPLES_FROM = ("arizona", "manchester", "stanford")
+POOLED = Path("baselines") / "pooled.npy"
 
 if TYPE_CHECKING:
     from aggregator.rounds import FederationResult
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from data_schemas.reading import QualityReport
     from pipeline.demo import RunRecord, Say, Stage
     from pipeline.model_card import CardResult
-    from pipeline.plots import Example
     from pipeline.windows import Float32
 
 
@@ -84,7 +83,7 @@ def _compare(
     for cohort in cohorts:
         local[cohort.name] = _kept(out / "baselines" / f"{cohort.name}.npy", lambda c=cohort: fit_local(c, start, spec))
         stage(f"comparison: {cohort.name} alone, without privacy")
-    pooled = _kept(out / "baselines" / "pooled.npy", lambda: fit_pooled(cohorts, start, spec))
+    pooled = _kept(out / POOLED, lambda: fit_pooled(cohorts, start, spec))
     stage("comparison: all readings pooled, without privacy")
     compared = compare(cohorts, spec, public=start, federated=result.weights, pooled=pooled, local=local)
     stage(f"scored {len(compared.ours.last):,} forecasts of {compared.evaluations[OURS].pooled.people} held-out people")
@@ -239,74 +238,21 @@ def _illustrations(
     result: FederationResult,
     nodes: Mapping[str, Path],
 ) -> tuple[Illustration, ...]:
-    from pipeline import plots
-    from pipeline.evaluation import SCORED_MINUTES, coverage_curve
+    from aggregator.server_app import load_initial_weights
+    from pipeline.illustrations import Story, illustrate
 
-    ours, seen = compared.ours, compared.ours.mask[:, 5]
-    curve = {int(k): v for k, v in record.curve().items()}
-    mean = [(r, float(np.mean(list(v.values())))) for r, v in sorted(curve.items())]
-    by_site = {c.name: [(r, v[c.name]) for r, v in sorted(curve.items())] for c in cohorts}
-    by_model = {
-        c.label: [(m, compared.evaluations[c.label].pooled.at(m).rmse) for m in SCORED_MINUTES] for c in COLUMNS
-    }
-    spend = {n: [(s.round, s.epsilon_by_node.get(n, 0.0)) for s in result.rounds] for n in nodes}
-    ceiling = record.folder.load_plan().privacy.epsilon
-    return (
-        Illustration(
-            "Forecasts of held-out patients",
-            "Forecast, 50% and 90% bands against what happened; picked by position in the data, not by fit.",
-            plots.forecast_examples([_example(c, result, record) for c in cohorts if c.name in EXAMPLES_FROM]),
-        ),
-        Illustration(
-            "Clarke error grid, 30 minutes",
-            "Federated model on all held-out people.",
-            plots.error_grid(ours.truth[seen, 5], ours.forecast[seen, 5], kind="clarke", horizon_minutes=30),
-        ),
-        Illustration("Error by horizon", "Pooled held-out people, lower is better.", plots.rmse_by_horizon(by_model)),
-        Illustration(
-            "Convergence",
-            "Held-out RMSE at 30 minutes after each round (exact, because this data is public).",
-            plots.convergence({"mean": mean, **by_site}, {}),
-        ),
-        Illustration(
-            "Calibration",
-            "Share of readings below each quantile.",
-            plots.calibration({f"{m} min": coverage_curve(ours, m) for m in (30, 60)}),
-        ),
-        Illustration(
-            "Credit",
-            "Shapley value of each hospital's updates with the 95% interval of the privacy noise.",
-            plots.credit_bars(
-                [(r.node, r.shapley_mg_dl, r.interval_low_mg_dl, r.interval_high_mg_dl) for r in _credit(result)]
-            ),
-        ),
-        Illustration(
-            "Privacy spend",
-            "Patient-level epsilon of each hospital's training cohort at delta 1e-5.",
-            plots.privacy_spend(spend, {"ceiling": ceiling}),
-        ),
+    plan = record.folder.load_plan()
+    pooled = np.load(record.curve_file.parent / POOLED, allow_pickle=False)
+    story = Story(
+        spec=plan.model,
+        weights=result.weights,
+        references={"public-only": load_initial_weights(record.folder), "pooled, no privacy": pooled},
+        curve={int(number): errors for number, errors in record.curve().items()},
+        spend={n: [(s.round, s.epsilon_by_node.get(n, 0.0)) for s in result.rounds] for n in nodes},
+        ceiling=plan.privacy.epsilon,
+        credit=_credit(result),
     )
-
-
-def _example(cohort: Cohort, result: FederationResult, record: RunRecord) -> Example:
-    """The window in the middle of those of the hospital that have a reading at every horizon, or nearly."""
-    from data_schemas.units import HORIZON_MINUTES
-    from pipeline.comparison import lstm
-    from pipeline.plots import Example
-
-    anchors = cohort.heldout.anchors
-    batch = cohort.heldout.gather(anchors)
-    fullest = np.flatnonzero(batch.mask.sum(axis=1) == batch.mask.sum(axis=1).max())
-    row = int(anchors[fullest[len(fullest) // 2]])
-    chosen = cohort.heldout.gather(np.array([row]))
-    forecast, quantiles = lstm(result.weights, record.folder.load_plan().model)(chosen)
-    series = cohort.heldout.series
-    before = slice(max(0, row - 36), row + 1)
-    minutes = (series.time_s[before] - series.time_s[row]) / 60.0
-    past = [(float(m), float(g)) for m, g in zip(minutes, series.glucose_mg_dl[before], strict=True) if m >= -180]
-    truth = [(float(h), float(y)) for h, y, m in zip(HORIZON_MINUTES, chosen.y[0], chosen.mask[0], strict=True) if m]
-    assert quantiles is not None  # noqa: S101
-    return Example(past, truth, forecast[0], quantiles[0])
+    return illustrate(cohorts, compared, story)
 
 
 def _credit(result: FederationResult) -> tuple[CreditRow, ...]:
