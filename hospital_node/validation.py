@@ -8,8 +8,8 @@ store) and counts.
 from __future__ import annotations
 
 import functools
-import logging
 import json
+import logging
 import os
 from dataclasses import dataclass
 from datetime import UTC, datetime

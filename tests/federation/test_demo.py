@@ -110,7 +110,8 @@ def test_the_commands_agree_about_the_finished_run(finished: tuple[Path, str]) -
     lines = [f"a,2024-01-01T{h:02d}:{m:02d}:00,{100 + m}" for h in range(4) for m in range(0, 60, 5)]
     readings.write_text("\n".join(["patient_id,time,glucose_mg_dl", *lines]) + "\n")
     for number, model in enumerate(("demo-run/model", "models:/islet-forecaster@champion")):
-        code, text = islet(folder, "backtest", "--readings", "readings.csv", "--model", model, "--out", f"{number}.csv")
+        options = ("--readings", "readings.csv", "--model", model, "--out", f"{number}.csv")
+        code, text = islet(folder, "backtest", *options)
         assert code == 0, text
     assert (folder / "0.csv").read_bytes() == (folder / "1.csv").read_bytes()
     assert (folder / "0.csv").read_text().startswith("patient_id,issued_at,horizon_minutes,forecast_mg_dl,p05,p25")
@@ -118,7 +119,11 @@ def test_the_commands_agree_about_the_finished_run(finished: tuple[Path, str]) -
 
 @pytest.mark.parametrize(
     ("file", "name"),
-    [("aggregator/ledger.db", "ledger.db"), ("nodes/duke/budget.db", "budget.db"), ("model/weights.npz", "weights.npz")],
+    [
+        ("aggregator/ledger.db", "ledger.db"),
+        ("nodes/duke/budget.db", "budget.db"),
+        ("model/weights.npz", "weights.npz"),
+    ],
 )
 def test_a_flipped_bit_is_named(finished: tuple[Path, str], tmp_path: Path, file: str, name: str) -> None:
     """One bit changed in the ledger, a budget book or the model: exit code 1, the file's name and an offset."""
