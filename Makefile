@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench lock clean
+.PHONY: demo test test-slow lint bench lock clean
 
 .venv/installed: pyproject.toml requirements.lock
 	$(PYTHON) -m venv .venv
@@ -14,6 +14,10 @@ demo: .venv/installed
 
 test: .venv/installed
 	$(BIN)/python -m pytest -q
+
+# The long drills: every kill point of a round, every disk fault of the ledger.
+test-slow: .venv/installed
+	$(BIN)/python -m pytest -q -m slow
 
 lint: .venv/installed
 	$(BIN)/ruff check .

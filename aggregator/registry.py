@@ -97,7 +97,7 @@ class Registry:
                 self._client.update_run(run_id, status="RUNNING")
                 return run_id
             tags = run_tags(run, federation, plan, members, git_sha)
-            created = self._client.create_run(experiment, tags=tags, run_name=f"{plan.name} {run[:8]}")
+            created = self._client.create_run(experiment, tags=tags, run_name=run)
             run_id = created.info.run_id
             self._log_plan(run_id, plan, members)
             return run_id
@@ -107,6 +107,16 @@ class Registry:
         with _reported(f"log round {summary.round}"):
             if not self._logged(run_id, "round/admitted", summary.round):
                 self._log_series(run_id, round_values(summary), summary.round)
+
+    def log_errors(self, run_id: str, round_number: int, rmse_30: Mapping[str, float]) -> None:
+        """Log held-out RMSE at 30 minutes by hospital after a round: on public data only, it is exact.
+
+        A round already logged is left as it is. Raises RegistryFailed.
+        """
+        with _reported(f"log the errors of round {round_number}"):
+            values = {f"heldout_rmse_30/{node}": value for node, value in rmse_30.items()}
+            if values and not self._logged(run_id, next(iter(values)), round_number):
+                self._log_series(run_id, values, round_number)
 
     def log_credit(self, run_id: str, entry: CreditEntry) -> None:
         """Log one credit epoch at its last round; an epoch already logged is left as it is. Raises RegistryFailed."""
@@ -137,6 +147,7 @@ class Registry:
         model = load_model(model_folder)
         with _reported("publish the model"):
             if published := self._published(run_id, model.model_hash):
+                self._client.set_terminated(run_id, "FINISHED")
                 return published
             self._log_files(run_id, model_folder, plots, privacy, credit)
             model_id = self._log_model(run_id, model_folder, model.card)

@@ -294,6 +294,7 @@ class RunRecord:
             f"epsilon {epsilon:.2f}  {summary.seconds:.1f} s{rejected}"
         )
         self._log(lambda registry: registry.log_round(self.run_id, summary))
+        self._log(lambda registry: registry.log_errors(self.run_id, summary.round, errors))
 
     def epoch_closed(self, credit: CreditEntry) -> None:
         """Tell a credit epoch."""

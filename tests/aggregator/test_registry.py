@@ -121,6 +121,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, Path,
         resumed.log_round(run_id, summary(number))
     for _ in range(2):
         resumed.log_credit(run_id, credit())
+        resumed.log_errors(run_id, 3, {"north": 17.5})
+    publish(resumed, run_id, folder)
+    # The end of a run may be repeated, as after a crash: the run is found, resumed and finished once more.
+    assert resumed.start_run("run-1", "trial", PLAN, MEMBERS) == run_id
     return root, run_id, folder, publish(resumed, run_id, folder)
 
 
@@ -135,6 +139,7 @@ def test_run_tells_the_whole_story(finished: tuple[Path, str, Path, Published]) 
     history = client.get_metric_history(run_id, "epsilon/north")
     assert [(m.step, m.value) for m in history] == [(1, 0.5), (2, 1.0), (3, 1.5)]
     assert [m.step for m in client.get_metric_history(run_id, "credit_micro/south")] == [3]
+    assert [(m.step, m.value) for m in client.get_metric_history(run_id, "heldout_rmse_30/north")] == [(3, 17.5)]
     assert run.data.metrics["rmse_30/north/islet"] == 20.1235
     assert run.data.metrics["rmse_30/north/pooled -not private-"] == 18  # MLflow takes no brackets
     assert [d.dataset.name for d in run.inputs.dataset_inputs] == list(NODES)
