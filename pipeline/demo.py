@@ -282,10 +282,10 @@ class RunRecord:
         from pipeline.signing import write_durably
 
         curve = self.curve()
-        if str(summary.round) not in curve:
+        if self.cohorts and str(summary.round) not in curve:
             curve[str(summary.round)] = self._errors(summary.run)
             write_durably(self.curve_file, json.dumps(curve).encode())
-        errors = curve[str(summary.round)]
+        errors = curve.get(str(summary.round), {})
         mean = f"held-out RMSE@30 {sum(errors.values()) / len(errors):.2f}  " if errors else ""
         rejected = "".join(f"  {update.node}: {update.code}" for update in summary.rejected)
         epsilon = max(summary.epsilon_by_node.values(), default=0.0)
@@ -310,7 +310,7 @@ class RunRecord:
         from aggregator.state import StateFolder
         from pipeline.comparison import quick_rmse_30
 
-        newest = StateFolder(self.folder.state).newest(run) if self.cohorts else None
+        newest = StateFolder(self.folder.state).newest(run)
         if newest is None:
             return {}
         spec = self.folder.load_plan().model
