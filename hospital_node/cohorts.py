@@ -1,8 +1,13 @@
-"""The two cohorts of a node: a person is in training or held out for ever, by a keyed hash of the pseudonym."""
+"""The two cohorts of a node: a person is in training or held out for ever, by a keyed hash of the pseudonym.
+
+The windows of the last stores are kept for as long as the process lives: every message of a round asks for them, and
+reading, checking and cutting cost more than a round's arithmetic. An import changes the store's state and thus the key.
+"""
 
 from __future__ import annotations
 
-import threading
+from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hospital_node.folder import NodeFolder
@@ -12,26 +17,35 @@ from hospital_node.store import Store
 if TYPE_CHECKING:
     from pipeline.windows import Windows
 
-# Arrow's way back to pandas parses column names with `ast`, where CPython 3.11 can fail when two threads do it at once;
-# in the embedded federation every node is a thread.
-_READING = threading.Lock()
+# More nodes in one process than this read their stores again for every message.
+_NODES_REMEMBERED = 12
 
 
 def training_windows(node: NodeFolder, history_minutes: int) -> Windows:
     """Windows of every training patient in the store; interpolated readings are left out."""
-    return _windows(node, history_minutes, held_out=False)
+    return _of(node, history_minutes)[0]
 
 
 def held_out_windows(node: NodeFolder, history_minutes: int) -> Windows:
     """Windows of every held-out patient in the store; interpolated readings are left out."""
-    return _windows(node, history_minutes, held_out=True)
+    return _of(node, history_minutes)[1]
 
 
-def _windows(node: NodeFolder, history_minutes: int, *, held_out: bool) -> Windows:
+def _of(node: NodeFolder, history_minutes: int) -> tuple[Windows, Windows]:
+    state = Store(node.store).state()
+    fraction = node.settings.heldout_fraction
+    return _cut(node.store.resolve(), state, node.pseudonym_key, fraction, history_minutes)
+
+
+@lru_cache(maxsize=_NODES_REMEMBERED)
+def _cut(
+    store: Path, _state: tuple[str, ...], key: bytes, fraction: float, history_minutes: int
+) -> tuple[Windows, Windows]:
+    """Training and held-out windows of one state of a store.."""
     from pipeline.windows import WindowSpec, cut_windows
 
-    with _READING:
-        series = Store(node.store).series()
-    key, fraction = node.pseudonym_key, node.settings.heldout_fraction
-    chosen = [patient for patient in series.patients if heldout(patient, key, fraction) == held_out]
-    return cut_windows(series.select(chosen), WindowSpec(history_minutes=history_minutes))
+    series, spec = Store(store).series(), WindowSpec(history_minutes=history_minutes)
+    held_out = {patient for patient in series.patients if heldout(patient, key, fraction)}
+    parts = ([p for p in series.patients if p not in held_out], sorted(held_out))
+    training, aside = (cut_windows(series.select(part), spec) for part in parts)
+    return training, aside

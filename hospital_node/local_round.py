@@ -7,7 +7,6 @@ budget (the plan, the deadline, the store) is looked at before the reservation.
 from __future__ import annotations
 
 import json
-import threading
 import time
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
@@ -29,8 +28,6 @@ if TYPE_CHECKING:
     from pipeline.windows import Windows
 
 Vector = NDArray[np.float32]
-# Lightning and the warnings filter are process-wide; in the embedded federation every node is a thread.
-_TRAINING = threading.Lock()
 # A round may take this many times as long as the last one did before it counts as late.
 _SLACK = 1.5
 
@@ -137,8 +134,7 @@ def _update(node: NodeFolder, task: TrainTask, weights: Vector, windows: Windows
     )
     spec = ForecasterSpec(hidden_size=task.plan.model.hidden_size)
     source = noise_source(node.settings, task.plan, task.run, f"round {task.round} from {task.base_model_hash}")
-    with _TRAINING:
-        result = train_steps(weights, spec, windows, plan, node.settings.declared_training_patients, source)
+    result = train_steps(weights, spec, windows, plan, node.settings.declared_training_patients, source)
     return np.ascontiguousarray(result.delta, dtype=np.float32)
 
 

@@ -113,11 +113,24 @@ class Store:
         """Return the sensor's own readings of these people (None: of everybody); interpolated rows are left out."""
         from pipeline.windows import Series
 
-        frame = self._frame("readings")
-        own = (frame["flags"] & int(Flag.INTERPOLATED)) == 0
+        names = self.state()
+        if not names:
+            return Series.from_columns(np.zeros(0, str), np.zeros(0, np.int64), np.zeros(0, np.float32))
+        table = self._table(names)
+        own = (table["flags"].to_numpy() & int(Flag.INTERPOLATED)) == 0
+        patient = table["patient"].combine_chunks().dictionary_encode()
+        people = np.array(patient.dictionary.to_pylist(), dtype=np.str_)
         if patients is not None:
-            own &= frame["patient"].isin(list(patients))
-        return Series.from_frame(frame.loc[own, ["patient", "measured_at", "glucose_mg_dl"]])
+            own &= np.isin(people, list(patients))[patient.indices.to_numpy()]
+        moments = table["measured_at"].cast(pa.timestamp("s", tz="UTC"), safe=False).cast(pa.int64()).to_numpy()
+        return Series.from_columns(
+            people[patient.indices.to_numpy()[own]], moments[own], table["glucose_mg_dl"].to_numpy()[own]
+        )
+
+    def state(self) -> tuple[str, ...]:
+        """Names of the segments of readings: they change with every import that adds readings, and only then."""
+        with self._reading() as db:
+            return self._names(db, "readings")
 
     def quarantined(self) -> pd.DataFrame:
         """Return every quarantined row (canonical columns and `rule`), for the hospital's own eyes."""
@@ -136,13 +149,20 @@ class Store:
             return self._load(db, kind)
 
     def _load(self, db: sqlite3.Connection, kind: Kind) -> pd.DataFrame:
-        names = [str(row[0]) for row in db.execute("SELECT name FROM segments WHERE kind = ? ORDER BY rowid", (kind,))]
-        tables = [self._read_segment(name) for name in names]
-        if not tables:
+        names = self._names(db, kind)
+        if not names:
             columns = COLUMNS | ({"rule": "str"} if kind == "quarantine" else {})
             return pd.DataFrame({name: [] for name in columns}).astype(columns)
-        frame: pd.DataFrame = pa.concat_tables(tables).to_pandas(types_mapper=_string_type)
+        frame: pd.DataFrame = self._table(names).to_pandas(types_mapper=_string_type)
         return frame
+
+    @staticmethod
+    def _names(db: sqlite3.Connection, kind: Kind) -> tuple[str, ...]:
+        rows = db.execute("SELECT name FROM segments WHERE kind = ? ORDER BY rowid", (kind,))
+        return tuple(str(row[0]) for row in rows)
+
+    def _table(self, names: Sequence[str]) -> pa.Table:
+        return pa.concat_tables([self._read_segment(name) for name in names])
 
     def _stored_values(self, db: sqlite3.Connection) -> pd.Series:
         """Glucose stored before, by person and second."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,25 +116,21 @@ def fit(
     if not sources or not any(len(w) for w in sources):
         raise ValueError("there are no windows to fit")
     model = unflatten(initial, spec)
-    with quiet():
-        trainer().fit(_OpenFit(model, plan), _WindowSamples(sources, plan, augment))
+    trainer().fit(_OpenFit(model, plan), _WindowSamples(sources, plan, augment))
     return flatten(model)
 
 
+def training_device() -> torch.device:
+    """Where models are trained: on the first GPU where there is one, else on the CPU. The one place that decides."""
+    return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+
+
 def trainer() -> lightning.Trainer:
-    """Lightning's loop and nothing around it: CPU, one pass, no logger, checkpoint or progress bar."""
-    return lightning.Trainer(accelerator="cpu", devices=1, max_epochs=1, barebones=True)
+    """Lightning's loop and nothing around it: one device, one pass, no logger, checkpoint or progress bar.
 
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Hold back Lightning's announcements and Opacus's hook warnings for the duration of one round."""
-    logger = logging.getLogger("pytorch_lightning")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            yield
-        finally:
-            logger.setLevel(level)
+    Its announcements are turned off for good, not for the moment: several rounds may run in threads of one process.
+    """
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="pytorch_lightning")
+    accelerator = {"cuda": "gpu"}.get(training_device().type, "cpu")
+    return lightning.Trainer(accelerator=accelerator, devices=1, max_epochs=1, barebones=True)

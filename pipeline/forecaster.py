@@ -1,16 +1,12 @@
-"""The forecaster: one LSTM layer whose output is a residual on the last reading.
+"""The forecaster: one LSTM layer (pipeline.gate_tap) whose output is a residual on the last reading.
 
-The layer is split so that Opacus gets per-patient gradients at the price of one batched matrix product: a
-GateTap owns the weights and sees a whole sequence once, and a parameter-free core runs the recurrence with
-its back-propagation through time written by hand.  Inputs may carry leading dimensions, for instance
-[patients, windows, T, F].
+Inputs may carry leading dimensions, for instance [windows, patients, T, F].
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from data_schemas.units import HORIZON_MINUTES, QUANTILES, SENSOR_MAX_MG_DL, SENSOR_MIN_MG_DL
+from pipeline.book_keeping import Book
+from pipeline.gate_tap import GateTap, last_hidden, last_hidden_recorded
 from pipeline.windows import FEATURES, SPREAD_SCALE_MG_DL
 
 HORIZONS = len(HORIZON_MINUTES)
@@ -36,100 +34,6 @@ class ForecasterSpec:
 
     hidden_size: int = 32
     features: int = len(FEATURES)
-
-
-class GateTap(nn.Module):
-    """Owner of the LSTM's weights.
-
-    Gate pre-activations of a whole sequence, [..., T, 4H], gates in the order i, f, g, o.
-
-    It is linear in its weights given (x, h_prev), so the gradient of one patient is the sum over its windows
-    and time steps of an outer product of what reaches the output with (x, h_prev, 1).
-    """
-
-    def __init__(self, features: int, hidden_size: int) -> None:
-        super().__init__()
-        self.hidden_size = hidden_size
-        self.weight_ih = nn.Parameter(torch.zeros(4 * hidden_size, features))
-        self.weight_hh = nn.Parameter(torch.zeros(4 * hidden_size, hidden_size))
-        self.bias = nn.Parameter(torch.zeros(4 * hidden_size))
-
-    def forward(self, x: Tensor, h_prev: Tensor) -> Tensor:
-        """X [..., T, F] and h_prev [..., T, H] to gate pre-activations [..., T, 4H]."""
-        return functional.linear(x, self.weight_ih, self.bias) + functional.linear(h_prev, self.weight_hh)
-
-
-@dataclass(frozen=True, slots=True)
-class _Trace:
-    """What the recurrence leaves for its backward pass, time first.
-
-    Gates [T,N,4H] after activation, cells and hidden [T+1,N,H].
-    """
-
-    gates: Tensor
-    cells: Tensor
-    hidden: Tensor
-
-
-@torch.no_grad()
-def _recur(x: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor) -> _Trace:
-    """Run the LSTM over x [N,T,F] from a zero state."""
-    count, steps, _ = x.shape
-    size = weight_hh.shape[1]
-    gates = functional.linear(x.transpose(0, 1), weight_ih, bias)
-    cells = x.new_zeros(steps + 1, count, size)
-    hidden = x.new_zeros(steps + 1, count, size)
-    back = weight_hh.t().contiguous()
-    for t in range(steps):
-        now = gates[t]
-        now.addmm_(hidden[t], back)
-        now[:, : 2 * size].sigmoid_()
-        now[:, 2 * size : 3 * size].tanh_()
-        now[:, 3 * size :].sigmoid_()
-        enter, forget, update, leave = torch.split(now, size, dim=1)
-        torch.mul(forget, cells[t], out=cells[t + 1]).addcmul_(enter, update)
-        torch.tanh(cells[t + 1], out=hidden[t + 1]).mul_(leave)
-    return _Trace(gates, cells, hidden)
-
-
-class _LastHidden(torch.autograd.Function):
-    """The recurrence as a function of the gate pre-activations.
-
-    Forward returns the last hidden state of a finished trace.
-
-    Backward returns dL/d(gate pre-activation) for every step: the complete back-propagation through time.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, pre_activations: Tensor, trace: _Trace, weight_hh: Tensor) -> Tensor:  # noqa: ARG004
-        """pre_activations [N,T,4H] only carries the graph; its values are those of the trace."""
-        ctx.trace, ctx.weight_hh = trace, weight_hh
-        return trace.hidden[-1].clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        """Gradient of the last hidden state [N,H] to gradients of the pre-activations [N,T,4H]."""
-        trace, weight_hh = ctx.trace, ctx.weight_hh
-        size = weight_hh.shape[1]
-        enter, forget, update, leave = torch.split(trace.gates, size, dim=2)
-        squashed = torch.tanh(trace.cells[1:])
-        to_cell = leave * (1 - squashed * squashed)
-        local = torch.empty_like(trace.gates)
-        torch.mul(update * enter, 1 - enter, out=local[..., :size])
-        torch.mul(trace.cells[:-1] * forget, 1 - forget, out=local[..., size : 2 * size])
-        torch.mul(enter, 1 - update * update, out=local[..., 2 * size : 3 * size])
-        torch.mul(squashed * leave, 1 - leave, out=local[..., 3 * size :])
-        d_hidden = grads[0]
-        d_cell = torch.zeros_like(d_hidden)
-        for t in range(local.shape[0] - 1, -1, -1):
-            d_cell.addcmul_(d_hidden, to_cell[t])
-            now = local[t]
-            now[:, : 3 * size].view(-1, 3, size).mul_(d_cell.unsqueeze(1))
-            now[:, 3 * size :].mul_(d_hidden)
-            if t:
-                d_hidden = now @ weight_hh
-                d_cell.mul_(forget[t])
-        return local.transpose(0, 1), None, None
 
 
 class Forecaster(nn.Module):
@@ -152,6 +56,7 @@ class Forecaster(nn.Module):
         self.mean_head = nn.Linear(width, HORIZONS)
         self.quantile_head = nn.Linear(width, HORIZONS * len(QUANTILES))
         self.tapped = False
+        self.book: Book | None = None
         self._initialise(seed)
 
     def _initialise(self, seed: int) -> None:
@@ -175,7 +80,7 @@ class Forecaster(nn.Module):
     def encode(self, x: Tensor) -> Tensor:
         """X [..., T, F] to the inputs of the heads [..., 2H+1].
 
-        By torch's own LSTM, or through the tap where `tapped` is set.
+        By torch's own LSTM; where `tapped` is set through the tap, noted in the `book` if there is one.
         """
         encoded: Tensor = self.mix(split_by_spread(self._last_hidden(x), x))
         return encoded
@@ -190,15 +95,11 @@ class Forecaster(nn.Module):
             weights = [tap.weight_ih, tap.weight_hh, tap.bias, torch.zeros_like(tap.bias)]
             hidden: Tensor = torch.lstm(flat, (start, start), weights, True, 1, 0.0, self.training, False, True)[1]
             return hidden[0].reshape(*lead, -1)
-        trace = _recur(flat, tap.weight_ih.detach(), tap.weight_hh.detach(), tap.bias.detach())
-        if not (torch.is_grad_enabled() and tap.weight_ih.requires_grad):
-            return trace.hidden[-1].reshape(*lead, -1)
-        h_prev = trace.hidden[:-1].transpose(0, 1).reshape(*lead, x.shape[-2], -1)
-        pre_activations = tap(x, h_prev)
-        last: Tensor = _LastHidden.apply(  # type: ignore[no-untyped-call]
-            pre_activations.reshape(flat.shape[0], flat.shape[1], -1), trace, tap.weight_hh.detach()
-        )
-        return last.reshape(*lead, -1)
+        if self.book is None:
+            return last_hidden(x, [tap])
+        hidden, [pair] = last_hidden_recorded(x, [tap])
+        self.book.note_tap(tap, *pair)
+        return hidden
 
     def read_out(self, encoded: Tensor) -> tuple[Tensor, Tensor]:
         """Read encoded [..., 2H+1] out as residuals in mg/dL: mean [..., 12] and quantiles [..., 12, 5], increasing."""

@@ -5,6 +5,9 @@ per-patient gradients, each clipped to max_grad_norm, of a Poisson sample of pat
 standard deviation noise_multiplier x max_grad_norm in every trainable coordinate.  The clip, the sampler,
 the noise and the event that accounts for them come from one frozen LocalPlan.  The divisor is sample_rate x
 declared_patients, which is public and never the drawn count.
+
+Gradients come from one backward pass by book-keeping (pipeline.book_keeping), a few hundred windows at a time; Opacus's
+optimizer gets the clipped sum, exactly the one it would have made itself, and stays in charge of noise and scale.
 """
 
 from __future__ import annotations
@@ -18,14 +21,15 @@ import numpy as np
 import numpy.typing as npt
 import pytorch_lightning as lightning
 import torch
-from opacus import GradSampleModule
-from opacus.grad_sample import register_grad_sampler
-from opacus.optimizers import DPOptimizer
+from opacus.grad_sample import register_grad_sampler, register_norm_sampler
+from opacus.optimizers import DPOptimizerFastGradientClipping
 from torch import Tensor, nn
 
 from data_schemas.plan import PrivacyEvent
-from pipeline.fitting import quiet, trainer
-from pipeline.forecaster import Forecaster, ForecasterSpec, GateTap, flatten, unflatten, window_losses
+from pipeline.book_keeping import Book, add_clipped_gradients, parts_of, square_norms
+from pipeline.fitting import trainer
+from pipeline.forecaster import Forecaster, ForecasterSpec, flatten, unflatten, window_losses
+from pipeline.gate_tap import GateTap
 from pipeline.noise import NoiseSource
 from pipeline.windows import Windows
 
@@ -96,28 +100,28 @@ def _gate_tap_gradients(layer: GateTap, activations: list[Tensor], backprops: Te
     }
 
 
-class _PatientOptimizer(DPOptimizer):  # type: ignore[misc]
-    """Opacus's optimizer with noise from a NoiseSource, added in float64 before rounding.
+@register_norm_sampler(GateTap)  # type: ignore[untyped-decorator]
+def _gate_tap_norms(layer: GateTap, activations: list[Tensor], backprops: Tensor) -> dict[nn.Parameter, Tensor]:
+    """Gradient norms of each example, [P] for each parameter, without the gradients; shapes as above."""
+    inputs, hidden = (a.reshape(a.shape[0], -1, a.shape[-1]).transpose(0, 1) for a in activations)
+    arriving = backprops.reshape(backprops.shape[0], -1, backprops.shape[-1]).transpose(0, 1)
+    return {
+        layer.weight_ih: square_norms(inputs, arriving).sqrt(),
+        layer.weight_hh: square_norms(hidden, arriving).sqrt(),
+        layer.bias: torch.linalg.vector_norm(arriving.sum(dim=0), dim=1),
+    }
 
-    A patient whose gradient is not finite (a hostile or broken model) contributes nothing, so the
-    sensitivity bound holds.
-    """
+
+class PatientOptimizer(DPOptimizerFastGradientClipping):  # type: ignore[misc]
+    """Opacus's optimizer for sums that are clipped already, with noise from a NoiseSource added in float64."""
 
     source: NoiseSource
-
-    def clip_and_accumulate(self) -> None:
-        """Clip each patient's gradient to max_grad_norm over all parameters together, and sum."""
-        finite = torch.stack([g.flatten(1).isfinite().all(dim=1) for g in self.grad_samples]).all(dim=0)
-        if not bool(finite.all()):
-            for p in self.params:
-                p.grad_sample[~finite] = 0.0
-        super().clip_and_accumulate()
 
     def add_noise(self) -> None:
         """Add noise of standard deviation noise_multiplier x max_grad_norm in every coordinate."""
         std = self.noise_multiplier * self.max_grad_norm
         for p in self.params:
-            noise = self.source.normal(p.numel()).view_as(p) * std
+            noise = self.source.normal(p.numel()).to(p.device).view_as(p) * std
             p.grad = (p.summed_grad.double() + noise).to(p.dtype)
 
 
@@ -125,7 +129,7 @@ class _PatientOptimizer(DPOptimizer):  # type: ignore[misc]
 class _PatientSamples(Iterable[tuple[Tensor, Tensor, Tensor, Tensor]]):
     """One item a step: a Poisson sample of the patients and k windows of each, drawn with replacement.
 
-    Items are x [P,k,T,F], y [P,k,12], mask [P,k,12], last [P,k]; P may be 0.
+    Items are x [k,P,T,F], y [k,P,12], mask [k,P,12], last [k,P]; P may be 0.
     """
 
     windows: Windows
@@ -143,12 +147,12 @@ class _PatientSamples(Iterable[tuple[Tensor, Tensor, Tensor, Tensor]]):
             chosen = np.flatnonzero(joins & (count > 0))
             draws = self.source.uniform(len(chosen) * k).numpy().reshape(len(chosen), k)
             picks = first[chosen][:, None] + (draws * count[chosen][:, None]).astype(np.int64)
-            batch = self.windows.gather(self.windows.anchors[picks.ravel()])
+            batch = self.windows.gather(self.windows.anchors[picks.T.ravel()])
             yield (
-                torch.from_numpy(batch.x.reshape(len(chosen), k, *batch.x.shape[1:])),
-                torch.from_numpy(batch.y.reshape(len(chosen), k, *batch.y.shape[1:])),
-                torch.from_numpy(batch.mask.reshape(len(chosen), k, *batch.mask.shape[1:])),
-                torch.from_numpy(batch.last.reshape(len(chosen), k, *batch.last.shape[1:])),
+                torch.from_numpy(batch.x.reshape(k, len(chosen), *batch.x.shape[1:])),
+                torch.from_numpy(batch.y.reshape(k, len(chosen), *batch.y.shape[1:])),
+                torch.from_numpy(batch.mask.reshape(k, len(chosen), *batch.mask.shape[1:])),
+                torch.from_numpy(batch.last.reshape(k, len(chosen))),
             )
 
 
@@ -162,9 +166,11 @@ class _PrivateRound(lightning.LightningModule):  # type: ignore[misc]
         model.tap.requires_grad_(plan.trainable == "all")
         model.train()
         self.plan, self.network = plan, model
-        self.hooks = GradSampleModule(model, batch_first=True, loss_reduction="sum")
+        model.book = self.book = Book()
+        self.book.watch(model.mean_head)
+        self.book.watch(model.quantile_head)
         sgd = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=plan.learning_rate)
-        self.private = _PatientOptimizer(
+        self.private = PatientOptimizer(
             sgd,
             noise_multiplier=plan.noise_multiplier,
             max_grad_norm=plan.max_grad_norm,
@@ -180,15 +186,14 @@ class _PrivateRound(lightning.LightningModule):  # type: ignore[misc]
         """One step; an empty sample is a valid step of noise alone."""
         x, y, mask, last = batch
         self.private.zero_grad()
-        if len(x):
-            mean, quantiles = self.network.residuals(x)
-            losses = window_losses(
-                mean, quantiles, y - last.unsqueeze(-1), mask, pinball_weight=self.plan.pinball_weight
-            )
-            self.manual_backward(losses.mean(dim=1).sum())
-        else:
-            for p in self.private.params:
-                p.grad_sample = p.new_zeros(0, *p.shape)
+        for p in self.private.params:
+            p.grad = torch.zeros_like(p)
+        for patients in parts_of(x, self.network.spec.hidden_size):
+            part = (slice(None), patients)
+            mean, quantiles = self.network.residuals(x[part])
+            target = y[part] - last[part].unsqueeze(-1)
+            losses = window_losses(mean, quantiles, target, mask[part], pinball_weight=self.plan.pinball_weight)
+            add_clipped_gradients(self.book.take(), losses.mean(dim=0).sum(), self.plan.max_grad_norm)
         self.optimizers().step()
 
 
@@ -208,6 +213,5 @@ def train_steps(
     if declared_patients < 1:
         raise ValueError("declared_patients must be at least 1")
     model = unflatten(initial, spec)
-    with quiet():
-        trainer().fit(_PrivateRound(model, plan, declared_patients, source), _PatientSamples(windows, plan, source))
+    trainer().fit(_PrivateRound(model, plan, declared_patients, source), _PatientSamples(windows, plan, source))
     return LocalResult(flatten(model) - initial, plan.event)

@@ -136,10 +136,18 @@ class Series:
         if getattr(moments.dt, "tz", None) is None:
             raise ValueError("measured_at must be timezone-aware")
         time_s = moments.dt.tz_convert("UTC").dt.tz_localize(None).to_numpy().astype("datetime64[s]").astype(np.int64)
-        patients, codes = np.unique(frame[name].astype(str).to_numpy(dtype=object).astype(str), return_inverse=True)
+        named = frame[name].astype(str).to_numpy(dtype=object).astype(str)
+        return cls.from_columns(named, time_s, frame["glucose_mg_dl"].to_numpy(dtype=np.float32))
+
+    @classmethod
+    def from_columns(cls, patient: npt.NDArray[Any], time_s: Int64, glucose_mg_dl: Float32) -> Series:
+        """Build from three columns of equal length, the patient's name (str), UTC epoch seconds, glucose; any order.
+
+        Of readings of one patient in the same second the first stays. Patients come out sorted by name.
+        """
+        patients, codes = np.unique(patient, return_inverse=True)
         order = np.lexsort((np.arange(len(codes)), time_s, codes))
-        codes, time_s = codes[order], time_s[order]
-        glucose = frame["glucose_mg_dl"].to_numpy(dtype=np.float32)[order]
+        codes, time_s, glucose = codes[order], time_s[order], glucose_mg_dl[order]
         first = np.ones(len(codes), dtype=bool)
         first[1:] = (codes[1:] != codes[:-1]) | (time_s[1:] != time_s[:-1])
         codes, time_s, glucose = codes[first], time_s[first], glucose[first]

@@ -1,0 +1,233 @@
+"""One training step that is private per patient, beside the same step without privacy, Opacus's DPLSTM and jax_privacy.
+
+A step is forward, backward and Adam for an LSTM with a linear head on its last hidden state, squared error, 12 outputs.
+A patient has k windows; per-patient clipping takes their mean gradient as one.
+
+    python -m benchmarks.private_step [--quick]
+    python -m benchmarks.private_step --memory VARIANT WINDOWS HIDDEN LAYERS K
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import resource
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.measuring import fresh_process, interleaved, table
+from pipeline.book_keeping import Book, add_clipped_gradients, parts_of
+from pipeline.gate_tap import GateTap, last_hidden_recorded
+from pipeline.private_training import PatientOptimizer
+from pipeline.noise import SeededNoise
+
+STEPS, FEATURES, OUTPUTS = 48, 4, 12
+CLIP, NOISE = 1.0, 1.0
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of one comparison: windows in a batch, hidden size, layers, windows of each patient."""
+
+    windows: int
+    hidden: int
+    layers: int
+    k: int
+
+    @property
+    def patients(self) -> int:
+        """Number of examples that are clipped."""
+        return self.windows // self.k
+
+
+SHAPES = [
+    Shape(windows, hidden, layers, k)
+    for windows in (256, 1024)
+    for hidden in (16, 64, 128)
+    for layers in (1, 2)
+    for k in (1, 16)
+]
+QUICK = [Shape(256, 64, 1, 16), Shape(1024, 64, 1, 16)]
+MEMORY = [Shape(256, 64, 1, 16), Shape(1024, 64, 1, 1), Shape(1024, 64, 1, 16), Shape(1024, 64, 2, 16)]
+
+
+class Stack(nn.Module):
+    """The product's layer, as many as asked for, with a linear head."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        sizes = [FEATURES] + [shape.hidden] * shape.layers
+        self.taps = nn.ModuleList(GateTap(below, shape.hidden) for below in sizes[:-1])
+        self.head = nn.Linear(shape.hidden, OUTPUTS)
+        for p in self.parameters():
+            nn.init.uniform_(p, -(shape.hidden**-0.5), shape.hidden**-0.5)
+        self.book = Book()
+        self.book.watch(self.head)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """X [k,P,T,F] to outputs [k,P,12]."""
+        taps = [tap for tap in self.taps if isinstance(tap, GateTap)]
+        hidden, pairs = last_hidden_recorded(x, taps)
+        for tap, pair in zip(taps, pairs, strict=True):
+            self.book.note_tap(tap, *pair)
+        out: Tensor = self.head(hidden)
+        return out
+
+
+def data(shape: Shape) -> tuple[Tensor, Tensor]:
+    """x [k,P,T,F] and targets [k,P,12]."""
+    draw = torch.Generator().manual_seed(0)
+    return (
+        torch.randn(shape.k, shape.patients, STEPS, FEATURES, generator=draw),
+        torch.randn(shape.k, shape.patients, OUTPUTS, generator=draw),
+    )
+
+
+def not_private(shape: Shape) -> Callable[[], object]:
+    """torch.nn.LSTM and a linear head."""
+    lstm, head = nn.LSTM(FEATURES, shape.hidden, shape.layers, batch_first=True), nn.Linear(shape.hidden, OUTPUTS)
+    adam = torch.optim.Adam([*lstm.parameters(), *head.parameters()])
+    x, y = (part.flatten(0, 1) for part in data(shape))
+
+    def step() -> None:
+        adam.zero_grad()
+        (head(lstm(x)[1][0][-1]) - y).square().mean().backward()
+        adam.step()
+
+    return step
+
+
+def islet(shape: Shape) -> Callable[[], object]:
+    """The product's layer with book-keeping, Opacus's optimizer around Adam."""
+    model = Stack(shape)
+    private = PatientOptimizer(
+        torch.optim.Adam(model.parameters()),
+        noise_multiplier=NOISE,
+        max_grad_norm=CLIP,
+        expected_batch_size=shape.patients,
+    )
+    private.source = SeededNoise(0)
+    x, y = data(shape)
+
+    def step() -> None:
+        private.zero_grad()
+        for patients in parts_of(x, shape.hidden):
+            losses = (model(x[:, patients]) - y[:, patients]).square().mean(dim=(0, 2))
+            add_clipped_gradients(model.book.take(), losses.sum(), CLIP)
+        private.step()
+
+    return step
+
+
+def opacus_dplstm(shape: Shape) -> Callable[[], object]:
+    """Opacus's DPLSTM with its hooks; it clips per window, so the windows of a patient are clipped one by one."""
+    from opacus import GradSampleModule
+    from opacus.layers import DPLSTM
+    from opacus.optimizers import DPOptimizer
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm = DPLSTM(FEATURES, shape.hidden, shape.layers, batch_first=True)
+            self.head = nn.Linear(shape.hidden, OUTPUTS)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.head(self.lstm(x)[1][0][-1])
+            return out
+
+    model = GradSampleModule(Model())
+    private = DPOptimizer(
+        torch.optim.Adam(model.parameters()),
+        noise_multiplier=NOISE,
+        max_grad_norm=CLIP,
+        expected_batch_size=shape.windows,
+    )
+    x, y = (part.flatten(0, 1) for part in data(shape))
+
+    def step() -> None:
+        private.zero_grad()
+        (model(x) - y).square().mean().backward()
+        private.step()
+
+    return step
+
+
+VARIANTS = {"nn.LSTM, not private": not_private, "Islet": islet, "Opacus DPLSTM": opacus_dplstm}
+
+
+def variants() -> dict[str, Callable[[Shape], Callable[[], object]]]:
+    """What can be measured here."""
+    found = dict(VARIANTS)
+    if importlib.util.find_spec("jax_privacy") is not None:
+        from benchmarks.jax_step import jax_privacy_step
+
+        found["jax_privacy"] = jax_privacy_step
+    return found
+
+
+def extra_megabytes(name: str, shape: Shape) -> float:
+    """Growth of this process's peak memory over a few steps, counted from before the model exists."""
+    warm = Shape(16, shape.hidden, shape.layers, 1)
+    variants()[name](warm)()  # libraries and thread pools are not the step's
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    step = variants()[name](shape)
+    for _ in range(3):
+        step()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+
+def speed_rows(shapes: list[Shape], seconds: float) -> list[list[str]]:
+    """One row a shape: the floor's milliseconds and each other variant's ratio to it."""
+    rows = []
+    for shape in shapes:
+        got = interleaved({name: make(shape) for name, make in variants().items()}, seconds=seconds)
+        floor, _ = got["nn.LSTM, not private"]
+        ratios = [f"{got[name][1]:.2f}" if name in got else "not installed" for name in (*_others(), "jax_privacy")]
+        faster = f"{got['Opacus DPLSTM'][1] / got['Islet'][1]:.0f}"
+        rows.append([*map(str, (shape.windows, shape.hidden, shape.layers, shape.k)), f"{floor:.0f}", *ratios, faster])
+        print("| " + " | ".join(rows[-1]) + " |", flush=True)
+    return rows
+
+
+def _others() -> list[str]:
+    return [name for name in VARIANTS if name != "nn.LSTM, not private"]
+
+
+def memory_rows(shapes: list[Shape]) -> list[list[str]]:
+    """One row a shape: extra megabytes of each variant, each in a process of its own."""
+    return [
+        [
+            *map(str, (shape.windows, shape.hidden, shape.layers, shape.k)),
+            *(_measured_memory(name, shape) for name in variants()),
+        ]
+        for shape in shapes
+    ]
+
+
+def _measured_memory(name: str, shape: Shape) -> str:
+    sizes = map(str, (shape.windows, shape.hidden, shape.layers, shape.k))
+    return fresh_process("benchmarks.private_step", "--memory", name, *sizes)
+
+
+def main(arguments: list[str]) -> None:
+    """Print both tables, or one variant's memory."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    if arguments[:1] == ["--memory"]:
+        print(f"{extra_megabytes(arguments[1], Shape(*map(int, arguments[2:]))):.0f}")
+        return
+    quick = "--quick" in arguments
+    sizes = ["windows", "hidden", "layers", "k"]
+    print("A training step as a ratio to nn.LSTM without privacy, medians of interleaved turns, one thread\n")
+    print(table([*sizes, "nn.LSTM ms", *_others(), "jax_privacy", "Islet faster than DPLSTM, times"], []), flush=True)
+    speed_rows(QUICK if quick else SHAPES, 2.0 if quick else 8.0)
+    print("\nExtra peak memory of a step in MB, each in a fresh process\n")
+    print(table([*sizes, *variants()], memory_rows(MEMORY[:2] if quick else MEMORY)))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
