@@ -1,6 +1,6 @@
-"""Baselines that every forecaster must beat: persistence, a straight line, and ridge regression on 24 lags.
+"""Baselines that every forecaster must beat: persistence, a line, autoregression, ridge and gradient-boosted trees.
 
-All three are causal by construction: they see a window's history features and its issue reading, as the forecaster
+All are causal by construction: they see a window's history features and its issue reading, as the forecaster
 does.
 """
 
@@ -20,6 +20,9 @@ from pipeline.windows import _CHANGE_SCALE_MG_DL, FEATURES, Batch, Float32, Wind
 LAGS = 24
 LINE_MINUTES = 30
 RIDGE_ALPHA = 1.0
+AR_ORDER = 12
+# Trees for these horizons; the others lie on straight lines between them, from the issue reading on.
+TREE_MINUTES = (15, 30, 45, 60)
 _BATCH = 8192
 _CHANGE = FEATURES.index("change_from_last")
 _LEVEL = FEATURES.index("level")
@@ -34,6 +37,22 @@ class RidgeModel:
 
     coefficients: npt.NDArray[np.float64]
     intercept: npt.NDArray[np.float64]
+    windows: int
+
+
+@dataclass(frozen=True, slots=True)
+class ArModel:
+    """Autoregression of the five-minute change on the newest changes and the level; weights: float64[12]."""
+
+    weights: npt.NDArray[np.float64]
+    intercept: float
+
+
+@dataclass(frozen=True, slots=True)
+class TreesModel:
+    """Gradient-boosted trees of the change from the issue reading on the inputs of ridge, one ensemble a horizon."""
+
+    ensembles: tuple[Any, ...]
     windows: int
 
 
@@ -88,6 +107,73 @@ def fit_ridge(windows_list: Sequence[Windows], *, max_windows: int = 200_000) ->
     return RidgeModel(
         np.stack([f.coef_ for f in fits]), np.array([f.intercept_ for f in fits], dtype=np.float64), count
     )
+
+
+def fit_ar(windows_list: Sequence[Windows], *, max_windows: int = 200_000) -> ArModel:
+    """Fit one step ahead on the last step of each window's history: five minutes of the grid. Raises BadInput."""
+    from sklearn.linear_model import Ridge
+
+    stride = max(1, -(-sum(len(w) for w in windows_list) // max_windows))
+    changes = [_changes(b)[:, -AR_ORDER:] for w in windows_list for b in _batches(w, stride)]
+    levels = [_level(b) for w in windows_list for b in _batches(w, stride)]
+    if not changes:
+        raise BadInput("there is no window to fit the autoregression on", "give more people or a longer record")
+    moves, level = np.concatenate(changes), np.concatenate(levels)
+    inputs = np.concatenate([moves[:, :-1], (level - moves[:, -1])[:, None]], axis=1)
+    fit: Any = Ridge(alpha=RIDGE_ALPHA, solver="cholesky").fit(inputs, moves[:, -1])
+    return ArModel(np.asarray(fit.coef_, dtype=np.float64), float(fit.intercept_))
+
+
+def autoregression(model: ArModel, batch: Batch) -> Float32:
+    """Iterate the one-step model to 60 minutes: float32[B,12] in mg/dL."""
+    moves, level = _changes(batch)[:, 1 - AR_ORDER :], _level(batch)
+    path = np.empty((len(level), len(HORIZON_MINUTES)))
+    for step in range(len(HORIZON_MINUTES)):
+        move = np.concatenate([moves, level[:, None]], axis=1) @ model.weights + model.intercept
+        level = np.clip(level + move, SENSOR_MIN_MG_DL, SENSOR_MAX_MG_DL)
+        moves = np.concatenate([moves[:, 1:], move[:, None]], axis=1)
+        path[:, step] = level
+    return _clip(path)
+
+
+def fit_trees(windows_list: Sequence[Windows], *, max_windows: int = 60_000) -> TreesModel:
+    """Fit scikit-learn's histogram gradient boosting on every n-th window of all cohorts. Raises BadInput."""
+    from sklearn.ensemble import HistGradientBoostingRegressor
+    from threadpoolctl import threadpool_limits
+
+    stride = max(1, -(-sum(len(w) for w in windows_list) // max_windows))
+    batches = [b for w in windows_list for b in _batches(w, stride)]
+    columns = [HORIZON_MINUTES.index(m) for m in TREE_MINUTES]
+    if not batches or not np.concatenate([b.mask for b in batches])[:, columns].any(axis=0).all():
+        raise BadInput("there are too few readings to fit the trees on", "give more people or a longer record")
+    lags = np.concatenate([_lags(b) for b in batches])
+    change = np.concatenate([b.y.astype(np.float64) - b.last[:, None] for b in batches])
+    mask = np.concatenate([b.mask for b in batches])
+    # One thread: on a shared machine waiting OpenMP threads cost more than they bring.
+    with threadpool_limits(1, user_api="openmp"):
+        ensembles = tuple(
+            HistGradientBoostingRegressor(random_state=0).fit(lags[mask[:, c]], change[mask[:, c], c]) for c in columns
+        )
+    return TreesModel(ensembles, len(lags))
+
+
+def trees(model: TreesModel, batch: Batch) -> Float32:
+    """Forecast of fitted trees: float32[B,12] in mg/dL."""
+    lags = _lags(batch)
+    knots = np.stack([np.zeros(len(lags)), *(e.predict(lags) for e in model.ensembles)], axis=1)
+    at = np.array([0, *TREE_MINUTES])
+    right = np.searchsorted(at, HORIZON_MINUTES)
+    share = (np.array(HORIZON_MINUTES) - at[right - 1]) / (at[right] - at[right - 1])
+    return _clip(batch.last[:, None] + knots[:, right - 1] * (1 - share) + knots[:, right] * share)
+
+
+def _changes(batch: Batch) -> npt.NDArray[np.float64]:
+    """float64[B,T-1]: change of the grid's value over each step, mg/dL."""
+    return np.diff(batch.x[..., _CHANGE].astype(np.float64) * _CHANGE_SCALE_MG_DL, axis=1)
+
+
+def _level(batch: Batch) -> npt.NDArray[np.float64]:
+    return batch.last.astype(np.float64)
 
 
 def _batches(windows: Windows, stride: int) -> Iterator[Batch]:

@@ -361,6 +361,30 @@ def _bar() -> Callable[[float], None]:
     return tick
 
 
+@app.command("evaluate")
+def evaluate_command(
+    model: Annotated[str | None, typer.Option(help="Folder of an exported model, or models:/NAME@ALIAS.")] = None,
+    readings: Annotated[
+        list[Path] | None, typer.Option(help="CSV or CSV.gz with patient_id,time,glucose_mg_dl; one a site, repeat.")
+    ] = None,
+    nodes: Annotated[
+        list[Path] | None, typer.Option("--nodes", help="Node folder on this machine; repeat for each.")
+    ] = None,
+    protocol: Annotated[str | None, typer.Option(help="A published protocol: by-patient or glucobench.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for scores.json, scores.html and pictures.")] = Path("evaluation"),
+    zone: Annotated[str, typer.Option(help="IANA zone of times that carry none.")] = "UTC",
+) -> None:
+    """Score a model beside every baseline, on people nobody trained on."""
+    from pipeline.assessment import Request, assess
+    from pipeline.demo import windows_of_nodes
+
+    if bool(readings) == bool(nodes):
+        raise BadInput("give readings or nodes", "use --readings FILE for files, or --nodes FOLDER for local nodes")
+    loaded = _load(model) if model else None
+    sites = {} if not nodes else windows_of_nodes(nodes, loaded.spec.history_minutes if loaded else 120)
+    say(assess(Request(loaded, tuple(readings or ()), sites, protocol, out, zone), say))
+
+
 @app.command("demo")
 def demo_command(
     out: Annotated[Path, typer.Option(help="Folder for nodes, aggregator, model and report.")] = Path("demo-run"),

@@ -14,13 +14,12 @@ import numpy as np
 
 from data_schemas.plan import ModelSpec
 from pipeline.baselines import fit_ridge, linear, persistence, ridge
-from pipeline.evaluation import Evaluation, FloatArray, Scored, concat, evaluate, score_windows
+from pipeline.evaluation import Evaluation, evaluate
 from pipeline.fitting import FitPlan, fit
 from pipeline.forecaster import Forecaster, ForecasterSpec, predict, unflatten
 from pipeline.report import ModelColumn, ResultRow
+from pipeline.scored import FloatArray, Predict, Scored, concat, score_windows
 from pipeline.windows import Batch, Float32, Windows
-
-Predict = Callable[[Batch], tuple[FloatArray, FloatArray | None]]
 
 OURS = "federated"
 COLUMNS = (

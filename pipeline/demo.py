@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from data_schemas.ledger import CreditEntry, MemberEntry
     from data_schemas.reading import QualityReport
     from pipeline.comparison import Cohort
+    from pipeline.windows import Windows
 
 Say = Callable[[str], None]
 
@@ -217,6 +218,12 @@ def _cohort(home: Path, history_minutes: int) -> Cohort:
     with NodeFolder.open(home) as node:
         training, heldout = training_windows(node, history_minutes), held_out_windows(node, history_minutes)
         return Cohort(node.settings.name, training, heldout)
+
+
+def windows_of_nodes(homes: Sequence[Path], history_minutes: int) -> dict[str, tuple[Windows, Windows]]:
+    """(training, held-out) windows by hospital, of nodes on this machine: for public data only."""
+    cohorts = [_cohort(home, history_minutes) for home in homes]
+    return {c.name: (c.training, c.heldout) for c in cohorts}
 
 
 def train(folder: AggregatorFolder, nodes: Mapping[str, Path], observer: Any) -> FederationResult:

@@ -7,63 +7,34 @@ there is no pair. Definitions are in the docstrings of the result types; docs/ev
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from data_schemas.units import HORIZON_MINUTES, QUANTILES
 from pipeline.error_grids import ZONE_NAMES, clarke_zones, parkes_zones
-from pipeline.windows import Batch, Windows
+from pipeline.scored import Bool, Int64, Scored, concat, level_at, score_windows
 
-FloatArray: TypeAlias = npt.NDArray[np.floating]
-Int64: TypeAlias = npt.NDArray[np.int64]
-Bool: TypeAlias = npt.NDArray[np.bool_]
+__all__ = ["Evaluation", "Scored", "concat", "coverage_curve", "evaluate", "score_windows"]
 
 SCORED_MINUTES = (15, 30, 45, 60)
 GRID_MINUTES_AHEAD = (30, 60)
 EVENT_MINUTES = 30
-_BATCH = 4096
 # (name, threshold in mg/dL, sign): a low is below 70, a high above 180 (consensus on time in range, Battelino et al.
 # 2019).
 EVENTS = (("low", 70.0, -1.0), ("high", 180.0, 1.0))
-# (nominal coverage, index of the lower and of the upper quantile)
-INTERVALS = tuple(
-    (round(QUANTILES[-1 - i] - QUANTILES[i], 6), i, len(QUANTILES) - 1 - i)
-    for i in reversed(range(len(QUANTILES) // 2))
+INTERVALS = (0.5, 0.8, 0.9)
+# Reference ranges of the consensus on time in range; a pair belongs to the range of what really happened.
+_PAST_180, _PAST_250 = math.nextafter(180.0, 181.0), math.nextafter(250.0, 251.0)
+RANGES = (
+    ("below 54", 0.0, 54.0),
+    ("54 to 69", 54.0, 70.0),
+    ("70 to 180", 70.0, _PAST_180),
+    ("181 to 250", _PAST_180, _PAST_250),
+    ("above 250", _PAST_250, math.inf),
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Scored:
-    """Forecasts and what really happened, one row per issue point.
-
-    truth, forecast: float[B,12]; mask: bool[B,12], True where truth is a real reading; last: float[B], the issue
-    reading; patient: int[B], person within the site; site: int[B], index into sites; quantiles: float[B,12,5] or
-    None.
-    """
-
-    truth: FloatArray
-    mask: Bool
-    forecast: FloatArray
-    last: FloatArray
-    patient: Int64
-    site: Int64
-    sites: tuple[str, ...]
-    quantiles: FloatArray | None = None
-
-    def __post_init__(self) -> None:
-        shape = (len(self.last), len(HORIZON_MINUTES))
-        if not self.truth.shape == self.mask.shape == self.forecast.shape == shape:
-            raise ValueError(f"truth, mask and forecast must have shape {shape}")
-        if not len(self.patient) == len(self.site) == shape[0]:
-            raise ValueError("patient and site need one value per issue point")
-        if self.quantiles is not None and self.quantiles.shape != (*shape, len(QUANTILES)):
-            raise ValueError(f"quantiles must have shape {(*shape, len(QUANTILES))}")
-        if shape[0] and not 0 <= int(self.site.min()) <= int(self.site.max()) < len(self.sites):
-            raise ValueError("site must index sites")
+RESAMPLES = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +70,8 @@ class IntervalScore:
     """One central interval at one horizon.
 
     coverage: share of truths within [lower, upper]; width: mean upper - lower in mg/dL; pinball: mean over its two
-    ends q of max(q d, (q - 1) d) with d = truth - quantile (Koenker and Bassett 1978).
+    ends q of max(q d, (q - 1) d) with d = truth - quantile (Koenker and Bassett 1978). The ends of the 80% interval
+    lie between those of the 50% and the 90% one, see `pipeline.scored.level_at`.
     """
 
     horizon_minutes: int
@@ -152,80 +124,92 @@ class GroupScore:
 
 @dataclass(frozen=True, slots=True)
 class MeanScore:
-    """Unweighted mean over groups (hospitals or people) that have pairs at this horizon."""
+    """Unweighted mean over groups (hospitals or people) that have pairs at this horizon.
+
+    rmse_low..rmse_high: 95% interval of that mean by resampling the groups 1000 times (percentile bootstrap, Efron
+    1979); repeatable.
+    """
 
     horizon_minutes: int
     groups: int
     rmse: float
     mae: float
     mard_percent: float
+    rmse_low: float
+    rmse_high: float
+
+
+@dataclass(frozen=True, slots=True)
+class RangeScore:
+    """Point errors of the pairs whose real reading lies in one glucose range.
+
+    The range is known only afterwards, so a good forecaster is biased towards the middle in the outer ones.
+    """
+
+    name: str
+    horizon_minutes: int
+    pairs: int
+    rmse: float
+    mae: float
+    mard_percent: float
+    bias: float
+
+
+@dataclass(frozen=True, slots=True)
+class LagScore:
+    """Minutes by which the forecast at one horizon runs behind: the delay at which it fits the readings best.
+
+    0 is a forecast in time, the horizon itself is persistence. Counted over issue points with a real reading every
+    five minutes up to the horizon; NaN without any.
+    """
+
+    horizon_minutes: int
+    points: int
+    lag_minutes: float
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Scores pooled, by site, and as means over hospitals and over people."""
+    """Scores pooled, by site, by sensor interval, by glucose range, and as means over hospitals and over people."""
 
     pooled: GroupScore
     sites: tuple[GroupScore, ...]
+    sensors: tuple[GroupScore, ...]
+    ranges: tuple[RangeScore, ...]
+    lags: tuple[LagScore, ...]
     mean_over_sites: tuple[MeanScore, ...]
     mean_over_people: tuple[MeanScore, ...]
 
 
 def evaluate(scored: Scored) -> Evaluation:
     """Every score of one model."""
-    sites = tuple(_group(name, scored, np.flatnonzero(scored.site == i)) for i, name in enumerate(scored.sites))
-    pooled = _group("pooled", scored, None)
-    person = _person(scored)
+    zones = _zones(scored)
+    every = np.arange(len(scored.last))
+    person = scored.person
     return Evaluation(
-        pooled=pooled,
-        sites=sites,
+        pooled=_group("pooled", scored, every, zones),
+        sites=tuple(_group(n, scored, np.flatnonzero(scored.site == i), zones) for i, n in enumerate(scored.sites)),
+        sensors=tuple(_group(f"{m}-minute sensors", scored, rows, zones) for m, rows in _by_sensor(scored)),
+        ranges=tuple(_range(scored, h, *r) for h in GRID_MINUTES_AHEAD for r in RANGES),
+        lags=tuple(_lag(scored, h) for h in SCORED_MINUTES),
         mean_over_sites=tuple(_mean_over_groups(scored, scored.site, h) for h in SCORED_MINUTES),
         mean_over_people=tuple(_mean_over_groups(scored, person, h) for h in SCORED_MINUTES),
     )
 
 
-def score_windows(
-    windows: Windows, predict: Callable[[Batch], tuple[FloatArray, FloatArray | None]], site: str
-) -> Scored:
-    """Forecast every window of one site; predict gives float[B,12] and quantiles float[B,12,5] or None."""
-    count, wide = len(windows), len(HORIZON_MINUTES)
-    truth, forecast = np.empty((count, wide), np.float32), np.empty((count, wide), np.float32)
-    mask, last = np.empty((count, wide), np.bool_), np.empty(count, np.float32)
-    levels: list[FloatArray] = []
-    for at in range(0, count, _BATCH):
-        part = slice(at, at + _BATCH)
-        batch = windows.gather(windows.anchors[part])
-        truth[part], mask[part], last[part] = batch.y, batch.mask, batch.last
-        forecast[part], quantiles = predict(batch)
-        levels += [] if quantiles is None else [quantiles]
-    patient = np.repeat(np.arange(len(windows.offsets) - 1, dtype=np.int64), np.diff(windows.offsets))
-    return Scored(
-        truth=truth,
-        mask=mask,
-        forecast=forecast,
-        last=last,
-        patient=patient,
-        site=np.zeros(count, dtype=np.int64),
-        sites=(site,),
-        quantiles=np.concatenate(levels) if levels else None,
-    )
+def _by_sensor(scored: Scored) -> list[tuple[int, Int64]]:
+    if scored.sensor_minutes is None:
+        return []
+    return [(int(m), np.flatnonzero(scored.sensor_minutes == m)) for m in np.unique(scored.sensor_minutes)]
 
 
-def concat(parts: Sequence[Scored]) -> Scored:
-    """One Scored of several, each with its own sites; quantiles stay only where every part has them."""
-    names = tuple(dict.fromkeys(name for part in parts for name in part.sites))
-    site = [np.array([names.index(n) for n in p.sites], dtype=np.int64)[p.site] for p in parts]
-    levels = [p.quantiles for p in parts if p.quantiles is not None]
-    return Scored(
-        truth=np.concatenate([p.truth for p in parts]),
-        mask=np.concatenate([p.mask for p in parts]),
-        forecast=np.concatenate([p.forecast for p in parts]),
-        last=np.concatenate([p.last for p in parts]),
-        patient=np.concatenate([p.patient for p in parts]),
-        site=np.concatenate(site),
-        sites=names,
-        quantiles=np.concatenate(levels) if len(levels) == len(parts) else None,
-    )
+def _zones(scored: Scored) -> dict[int, tuple[Int64, Int64]]:
+    """Clarke and Parkes zone of every row at the horizons of the grids, computed once for all groups."""
+    columns = {h: HORIZON_MINUTES.index(h) for h in GRID_MINUTES_AHEAD}
+    return {
+        h: tuple(z(scored.truth[:, c], scored.forecast[:, c]) for z in (clarke_zones, parkes_zones))  # type: ignore[misc]
+        for h, c in columns.items()
+    }
 
 
 def coverage_curve(scored: Scored, horizon_minutes: int) -> tuple[tuple[float, float], ...]:
@@ -238,37 +222,16 @@ def coverage_curve(scored: Scored, horizon_minutes: int) -> tuple[tuple[float, f
     return tuple((q, _mean(below[:, k])) for k, q in enumerate(QUANTILES))
 
 
-def _person(scored: Scored) -> Int64:
-    """int64[B]: one number per person of any site."""
-    width = int(scored.patient.max()) + 1 if len(scored.patient) else 1
-    return scored.site * width + scored.patient
-
-
-def _group(name: str, scored: Scored, rows: Int64 | None) -> GroupScore:
-    part = scored if rows is None else _take(scored, rows)
+def _group(name: str, scored: Scored, rows: Int64, zones: dict[int, tuple[Int64, Int64]]) -> GroupScore:
+    part = scored if len(rows) == len(scored.last) else scored.take(rows)
     return GroupScore(
         name=name,
-        people=len(np.unique(_person(part))),
+        people=len(np.unique(part.person)),
         issue_points=len(part.last),
         horizons=tuple(_horizon(part, h) for h in SCORED_MINUTES),
-        grids=tuple(_grid(part, h) for h in GRID_MINUTES_AHEAD),
-        intervals=tuple(
-            _interval(part, h, *i) for h in SCORED_MINUTES for i in INTERVALS if part.quantiles is not None
-        ),
+        grids=tuple(_grid(part, h, tuple(z[rows] for z in zones[h])) for h in GRID_MINUTES_AHEAD),
+        intervals=tuple(_interval(part, h, i) for h in SCORED_MINUTES for i in INTERVALS if part.quantiles is not None),
         events=tuple(_event(part, *event) for event in EVENTS),
-    )
-
-
-def _take(scored: Scored, rows: Int64) -> Scored:
-    return Scored(
-        truth=scored.truth[rows],
-        mask=scored.mask[rows],
-        forecast=scored.forecast[rows],
-        last=scored.last[rows],
-        patient=scored.patient[rows],
-        site=scored.site[rows],
-        sites=scored.sites,
-        quantiles=None if scored.quantiles is None else scored.quantiles[rows],
     )
 
 
@@ -291,24 +254,22 @@ def _horizon(scored: Scored, horizon_minutes: int) -> HorizonScore:
     )
 
 
-def _grid(scored: Scored, horizon_minutes: int) -> GridScore:
-    column = HORIZON_MINUTES.index(horizon_minutes)
-    keep = scored.mask[:, column]
-    truth, forecast = scored.truth[keep, column], scored.forecast[keep, column]
-    shares = [
-        tuple(_ratio(int(n), len(truth)) for n in np.bincount(zones(truth, forecast), minlength=len(ZONE_NAMES)))
-        for zones in (clarke_zones, parkes_zones)
-    ]
-    return GridScore(horizon_minutes, len(truth), *shares)
+def _grid(scored: Scored, horizon_minutes: int, zones: tuple[Int64, ...]) -> GridScore:
+    keep = scored.mask[:, HORIZON_MINUTES.index(horizon_minutes)]
+    pairs = int(keep.sum())
+    shares = [tuple(_ratio(int(n), pairs) for n in np.bincount(z[keep], minlength=len(ZONE_NAMES))) for z in zones]
+    return GridScore(horizon_minutes, pairs, *shares)
 
 
-def _interval(scored: Scored, horizon_minutes: int, nominal: float, low: int, high: int) -> IntervalScore:
+def _interval(scored: Scored, horizon_minutes: int, nominal: float) -> IntervalScore:
     assert scored.quantiles is not None  # noqa: S101 - the caller asks only where there are quantiles
     column = HORIZON_MINUTES.index(horizon_minutes)
     keep = scored.mask[:, column]
     truth = scored.truth[keep, column].astype(np.float64)
-    lower, upper = scored.quantiles[keep, column, low], scored.quantiles[keep, column, high]
-    losses = [_mean(np.maximum(q * (d := truth - end), (q - 1) * d)) for q, end in _ends(low, lower, high, upper)]
+    levels = scored.quantiles[keep, column]
+    ends = [(q, level_at(levels, q)) for q in (round((1 - nominal) / 2, 6), round((1 + nominal) / 2, 6))]
+    (_, lower), (_, upper) = ends
+    losses = [_mean(np.maximum(q * (d := truth - end), (q - 1) * d)) for q, end in ends]
     return IntervalScore(
         horizon_minutes=horizon_minutes,
         nominal=nominal,
@@ -319,8 +280,32 @@ def _interval(scored: Scored, horizon_minutes: int, nominal: float, low: int, hi
     )
 
 
-def _ends(low: int, lower: FloatArray, high: int, upper: FloatArray) -> tuple[tuple[float, FloatArray], ...]:
-    return ((QUANTILES[low], lower), (QUANTILES[high], upper))
+def _range(scored: Scored, horizon_minutes: int, name: str, lowest: float, end: float) -> RangeScore:
+    column = HORIZON_MINUTES.index(horizon_minutes)
+    truth = scored.truth[:, column]
+    keep = scored.mask[:, column] & (truth >= lowest) & (truth < end)
+    truth = truth[keep].astype(np.float64)
+    error = scored.forecast[keep, column] - truth
+    return RangeScore(
+        name=name,
+        horizon_minutes=horizon_minutes,
+        pairs=len(truth),
+        rmse=math.sqrt(_mean(error * error)),
+        mae=_mean(np.abs(error)),
+        mard_percent=100 * _mean(np.abs(error) / truth),
+        bias=_mean(error),
+    )
+
+
+def _lag(scored: Scored, horizon_minutes: int) -> LagScore:
+    column = HORIZON_MINUTES.index(horizon_minutes)
+    keep = np.logical_and.reduce(scored.mask[:, : column + 1], axis=1)
+    if not keep.any():
+        return LagScore(horizon_minutes, 0, math.nan)
+    earlier = [scored.truth[keep, c] for c in range(column, -1, -1)] + [scored.last[keep]]
+    misfit = [_mean((scored.forecast[keep, column] - e) ** 2) for e in earlier]
+    step = HORIZON_MINUTES[1] - HORIZON_MINUTES[0]
+    return LagScore(horizon_minutes, int(keep.sum()), float(step * int(np.argmin(misfit))))
 
 
 def _event(scored: Scored, name: str, threshold: float, sign: float) -> EventScore:
@@ -363,13 +348,26 @@ def _mean_over_groups(scored: Scored, group: Int64, horizon_minutes: int) -> Mea
     def over(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         return np.bincount(codes, weights=values) / pairs
 
+    rmse = np.sqrt(over(error * error))
+    low, high = _bootstrap(rmse)
     return MeanScore(
         horizon_minutes=horizon_minutes,
         groups=len(pairs),
-        rmse=_mean(np.sqrt(over(error * error))),
+        rmse=_mean(rmse),
         mae=_mean(over(np.abs(error))),
         mard_percent=100 * _mean(over(np.abs(error) / truth)),
+        rmse_low=low,
+        rmse_high=high,
     )
+
+
+def _bootstrap(values: npt.NDArray[np.float64]) -> tuple[float, float]:
+    """95% interval of the mean when groups are drawn anew with replacement; the same draw at every call."""
+    if not len(values):
+        return math.nan, math.nan
+    draws = np.random.default_rng(0).integers(0, len(values), (RESAMPLES, len(values)))
+    low, high = np.quantile(values[draws].mean(axis=1), (0.025, 0.975))
+    return float(low), float(high)
 
 
 def _mean(values: npt.NDArray[np.floating] | Bool) -> float:

@@ -9,8 +9,9 @@ import pandas as pd
 import pytest
 
 from data_schemas.units import HORIZON_MINUTES, QUANTILES
-from pipeline.error_grids import clarke_zones
-from pipeline.evaluation import Scored, concat, coverage_curve, evaluate, score_windows
+from pipeline.error_grids import clarke_zones, parkes_zones
+from pipeline.evaluation import coverage_curve, evaluate
+from pipeline.scored import Scored, concat, level_at, score_windows
 from pipeline.windows import Batch, Series, WindowSpec, cut_windows
 
 
@@ -80,7 +81,7 @@ def test_intervals_are_their_definitions() -> None:
     s = make()
     assert s.quantiles is not None
     found = {(i.horizon_minutes, i.nominal): i for i in evaluate(s).pooled.intervals}
-    assert {n for _, n in found} == {0.5, 0.9}
+    assert {n for _, n in found} == {0.5, 0.8, 0.9}
     for nominal, low, high in ((0.5, 1, 3), (0.9, 0, 4)):
         score, h = found[45, nominal], HORIZON_MINUTES.index(45)
         inside, width, loss = [], [], []
@@ -195,3 +196,85 @@ def test_wrong_shapes_are_refused() -> None:
         Scored(s.truth[:, :6], s.mask, s.forecast, s.last, s.patient, s.site, s.sites)
     with pytest.raises(ValueError, match="site must index"):
         Scored(s.truth, s.mask, s.forecast, s.last, s.patient, s.site + 3, s.sites)
+
+
+def test_scores_agree_with_an_independent_library() -> None:
+    """RMSE, MAE, MARD and pinball loss are scikit-learn's on the same pairs."""
+    from sklearn import metrics
+
+    s = make(3000, 5)
+    assert s.quantiles is not None
+    found = evaluate(s).pooled
+    for minutes in (15, 30, 45, 60):
+        h = HORIZON_MINUTES.index(minutes)
+        keep = s.mask[:, h]
+        truth, forecast = s.truth[keep, h], s.forecast[keep, h]
+        assert found.at(minutes).rmse == pytest.approx(metrics.root_mean_squared_error(truth, forecast))
+        assert found.at(minutes).mae == pytest.approx(metrics.mean_absolute_error(truth, forecast))
+        share = metrics.mean_absolute_percentage_error(truth, forecast)
+        assert found.at(minutes).mard_percent == pytest.approx(100 * share)
+        for interval in (i for i in found.intervals if i.horizon_minutes == minutes):
+            ends = [(1 - interval.nominal) / 2, (1 + interval.nominal) / 2]
+            losses = [
+                metrics.mean_pinball_loss(truth, level_at(s.quantiles[keep, h], round(q, 6)), alpha=q) for q in ends
+            ]
+            assert interval.pinball == pytest.approx(sum(losses) / 2)
+
+
+def test_zones_agree_with_an_independent_library() -> None:
+    """Error grid zones are those of the package error-grids, but for points on and beside a border."""
+    import error_grids
+
+    draw = np.random.default_rng(3)
+    truth, forecast = draw.uniform(40, 400, 4000), draw.uniform(40, 400, 4000)
+    clarke = [error_grids.clarke_error_zone_detailed(a, b) for a, b in zip(truth, forecast, strict=True)]
+    parkes = [error_grids.parkes_error_zone_detailed(a, b, 1) for a, b in zip(truth, forecast, strict=True)]
+    letter = np.array([0, 1, 1, 2, 2, 3, 3, 4, 4])
+    assert np.mean(letter[clarke] == clarke_zones(truth, forecast)) > 0.995
+    assert np.mean(letter[parkes] == parkes_zones(truth, forecast)) > 0.995
+
+
+def test_ranges_hold_every_pair_once() -> None:
+    """The glucose ranges share out all pairs, and 180 is still in range."""
+    s = make(500, 2)
+    found = evaluate(s)
+    assert sum(r.pairs for r in found.ranges if r.horizon_minutes == 30) == found.pooled.at(30).pairs
+    exact = Scored(np.full_like(s.truth, 180.0), s.mask, s.forecast, s.last, s.patient, s.site, s.sites)
+    inside = next(r for r in evaluate(exact).ranges if r.name == "70 to 180")
+    assert inside.pairs == int(s.mask[:, 5].sum())
+
+
+def test_lag_of_persistence_is_the_horizon_and_of_truth_is_none() -> None:
+    """A forecast that repeats the last reading is late by the whole horizon; the truth itself by nothing."""
+    t = np.arange(600)[:, None] * 5.0
+    ahead = np.array(HORIZON_MINUTES, dtype=float)
+    curve = lambda minutes: 150 + 50 * np.sin(minutes / 40)  # noqa: E731
+    truth, last, none = curve(t + ahead), curve(t)[:, 0], np.zeros(600, dtype=np.int64)
+    every = np.ones(truth.shape, dtype=bool)
+    for forecast, late in ((truth, 0.0), (np.repeat(last[:, None], 12, axis=1), 1.0)):
+        found = evaluate(Scored(truth, every, forecast, last, none, none, ("a",)))
+        assert [lag.lag_minutes for lag in found.lags] == [late * h for h in (15, 30, 45, 60)]
+
+
+def test_bootstrap_interval_is_over_people() -> None:
+    """The interval holds the mean over people, is repeatable, and is a point when all people are alike."""
+    s = make(2000, 9)
+    mean = evaluate(s).mean_over_people[1]
+    assert mean.rmse_low < mean.rmse < mean.rmse_high
+    assert evaluate(s).mean_over_people[1] == mean
+    alike = Scored(s.last[:, None] + np.zeros(12), s.mask, s.last[:, None] + 10.0 + np.zeros(12), s.last,
+                   s.patient, s.site, s.sites)  # fmt: skip
+    flat = evaluate(alike).mean_over_people[1]
+    assert (flat.rmse_low, flat.rmse_high) == (pytest.approx(10), pytest.approx(10))
+
+
+def test_sensors_are_told_apart() -> None:
+    """People with five-minute and with fifteen-minute sensors are scored as groups of their own."""
+    frames = []
+    for name, every in (("p", 5), ("q", 15)):
+        minutes = np.arange(0, 900, every)
+        stamps = pd.Timestamp("2026-01-01", tz="UTC") + pd.to_timedelta(minutes, unit="min")
+        frames.append(pd.DataFrame({"patient_id": name, "measured_at": stamps, "glucose_mg_dl": 100.0}))
+    windows = cut_windows(Series.from_frame(pd.concat(frames)), WindowSpec())
+    scored = score_windows(windows, lambda b: (np.repeat(b.last[:, None], 12, axis=1), None), "here")
+    assert [(g.name, g.people) for g in evaluate(scored).sensors] == [("5-minute sensors", 1), ("15-minute sensors", 1)]
