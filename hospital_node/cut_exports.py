@@ -17,7 +17,8 @@ import numpy as np
 import pandas as pd
 
 from data_schemas.layout import Layout, load_layout
-from hospital_node.export_files import ExportFile, header_of, read_files
+from hospital_node.delimited import header_names
+from hospital_node.export_files import ExportFile, read_files
 from hospital_node.stamps import read_stamps
 
 # People with type 1 diabetes get more days: their glucose moves, so their days teach more.
@@ -46,7 +47,7 @@ def cut_site(source: Path, destination: Path, layout: Layout, days: int) -> int:
 def _dated_lines(file: ExportFile, layout: Layout, names: tuple[str, ...]) -> tuple[list[bytes], list[date]]:
     """Return the file's lines with their ends, the header first, and the local date of every line after it."""
     lines = file.content.splitlines(keepends=True)
-    header = header_of(file, layout.delimiter, layout.encoding)
+    header = header_names(lines[0].decode(layout.encoding).strip(), layout.delimiter, {})
     position = next(header.index(name) for name in names if name in header)
     text = [line.decode(layout.encoding) for line in lines[1:]]
     stamps = pd.Series([row[position] for row in csv.reader(text, delimiter=layout.delimiter)], dtype="str")

@@ -1,4 +1,4 @@
-"""The bytes of an export: found, fingerprinted, unpacked and split into text columns, or refused.
+"""The bytes of an export: found, fingerprinted and unpacked, or refused.
 
 A file is named in errors by its place in name order and its SHA-256 prefix, never by its name: names carry
 identities.
@@ -6,50 +6,76 @@ identities.
 
 from __future__ import annotations
 
-import csv
+import codecs
+import functools
 import gzip
 import hashlib
 import io
 import zipfile
 import zlib
+from collections.abc import Container
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
-
-import pandas as pd
+from typing import IO
 
 from data_schemas.errors import BadInput
 
 _GZIP_MAGIC = b"\x1f\x8b"
 _ZIP_MAGIC = b"PK\x03\x04"
+_BROKEN = (EOFError, OSError, zlib.error, zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError)
+MAX_UNPACKED_BYTES = 2 << 30
 _AGAIN = "export it again from the source and import the whole file"
 
 
 @dataclass(frozen=True, slots=True)
 class ExportFile:
-    """One file as it was read: where it lies, what it was, and its bytes (unpacked)."""
+    """One file as it was read: where it lies, what it was, and its bytes (unpacked).
+
+    raw_sha256: of the bytes on the disk.  sha256: of the file, or of the member of an archive of several.
+    """
 
     path: Path
     label: str
     size: int
     mtime_ns: int
+    raw_sha256: str
     sha256: str
     content: bytes
 
 
-def read_files(folder: Path, pattern: str) -> tuple[ExportFile, ...]:
-    """Return every file under `folder` that matches the glob, in name order.
+def find_files(folder: Path, pattern: str) -> tuple[Path, ...]:
+    """Return the paths that match the glob (its part before `.zip/`), in name order.
 
     Raises BadInput when there is none.
     """
     if not folder.is_dir():
         raise BadInput("the export folder does not exist", "give the folder that holds the export files")
-    paths = sorted(path for path in folder.glob(pattern) if path.is_file())
+    paths = tuple(sorted(path for path in folder.glob(outer(pattern)) if path.is_file()))
     if not paths:
         raise BadInput(
             f"no file matches {pattern!r} in the export folder",
             "check the folder and the layout: the pattern comes from the layout's glucose_files",
         )
-    return tuple(_read_file(path, number, len(paths)) for number, path in enumerate(paths, start=1))
+    return paths
+
+
+def read_files(folder: Path, pattern: str, only: Container[Path] | None = None) -> tuple[ExportFile, ...]:
+    """Return every file under `folder` that matches the glob, in name order; `only`: of these paths.
+
+    A pattern such as `*.zip/cgm*.csv` gives the matching members of every archive. Raises BadInput when there is none.
+    """
+    paths, (_, _, inner) = find_files(folder, pattern), pattern.partition(".zip/")
+    files: list[ExportFile] = []
+    for number, path in enumerate(paths, start=1):
+        if only is None or path in only:
+            files += _read_path(path, f"file {number} of {len(paths)} in name order", inner)
+    return tuple(files)
+
+
+def outer(pattern: str) -> str:
+    """Return the glob of the files themselves: of `*.zip/cgm*.csv`, the archives."""
+    return pattern.split(".zip/", maxsplit=1)[0] + ".zip" if ".zip/" in pattern else pattern
 
 
 def refuse_if_changed(files: tuple[ExportFile, ...]) -> None:
@@ -59,7 +85,7 @@ def refuse_if_changed(files: tuple[ExportFile, ...]) -> None:
             state = file.path.stat()
             same = (state.st_size, state.st_mtime_ns) == (file.size, file.mtime_ns) and _sha256(
                 file.path.read_bytes()
-            ) == file.sha256
+            ) == file.raw_sha256
         except OSError:
             same = False
         if not same:
@@ -68,68 +94,41 @@ def refuse_if_changed(files: tuple[ExportFile, ...]) -> None:
             )
 
 
-def header_of(file: ExportFile, delimiter: str, encoding: str) -> tuple[str, ...]:
-    """Return column names of the first line, stripped. Raises BadInput on an empty or truncated file."""
-    lines = _text(file, encoding).splitlines()
-    filled = [line for line in (lines[0], lines[-1]) if line.strip()] if lines else []
-    if not filled:
-        raise BadInput(f"{file.label} is empty", _AGAIN)
-    header, last = next(csv.reader([filled[0]], delimiter=delimiter)), _last_row(lines, delimiter)
-    if last is None:
-        raise BadInput(f"{file.label} has a header and no row", _AGAIN)
-    if len(last) < len(header):
-        raise BadInput(
-            f"{file.label} is cut off: its last line has {len(last)} of {len(header)} fields",
-            _AGAIN,
-        )
-    return tuple(name.strip() for name in header)
-
-
-def read_columns(file: ExportFile, delimiter: str, encoding: str, positions: dict[str, int]) -> pd.DataFrame:
-    """Return text columns at the given 0-based positions, under new names; a missing field is NaN.
-
-    Raises BadInput when the lines do not form one table.
-    """
-    text = _text(file, encoding)
-    _refuse_long_lines(file, text, delimiter)
-    by_position = sorted(positions.items(), key=lambda item: item[1])
+def text_of(file: ExportFile, encoding: str) -> str:
+    """Return the file's text; a UTF-16 byte order mark decides, else the layout's encoding. Raises BadInput."""
+    encoding = "utf-16" if file.content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else encoding
     try:
-        table = pd.read_csv(
-            io.StringIO(text),
-            sep=delimiter,
-            header=0,
-            index_col=False,
-            usecols=[position for _, position in by_position],
-            dtype=str,
-            skipinitialspace=True,
-        )
-    except (pd.errors.ParserError, ValueError):
-        # The parser's own message can quote the line, so it is not passed on.
+        return file.content.decode(encoding)
+    except UnicodeError:
         raise BadInput(
-            f"{file.label} is not one table with a fixed number of columns",
-            f"check that the layout's delimiter {delimiter!r} is the one of the file",
+            f"{file.label} is not {encoding} text", "set `encoding` in the layout to the one of the export"
         ) from None
-    table.columns = pd.Index([name for name, _ in by_position])
-    return table
 
 
-def _read_file(path: Path, number: int, total: int) -> ExportFile:
+def _read_path(path: Path, place: str, inner: str) -> list[ExportFile]:
     try:
         raw, state = path.read_bytes(), path.stat()
     except OSError as error:
-        raise BadInput(f"file {number} of {total} cannot be read: {error.strerror}", "check its permissions") from None
-    sha256 = _sha256(raw)
-    label = f"file {number} of {total} in name order (sha256 {sha256[:12]})"
-    return ExportFile(path, label, state.st_size, state.st_mtime_ns, sha256, _unpack(raw, label))
+        raise BadInput(f"{place} cannot be read: {error.strerror}", "check its permissions") from None
+    outer = _sha256(raw)
+    label = f"{place} (sha256 {outer[:12]})"
+    made = functools.partial(ExportFile, path, size=state.st_size, mtime_ns=state.st_mtime_ns, raw_sha256=outer)
+    if not inner:
+        return [made(label=label, sha256=outer, content=_unpack(raw, label))]
+    return [
+        made(label=f"{label}, member {number}", sha256=_sha256(content), content=content)
+        for number, content in enumerate(_members(raw, label, inner), start=1)
+    ]
 
 
 def _unpack(raw: bytes, label: str) -> bytes:
     try:
         if raw.startswith(_GZIP_MAGIC):
-            return gzip.decompress(raw)
+            with gzip.open(io.BytesIO(raw)) as packed:
+                return _bounded(packed, label)
         if raw.startswith(_ZIP_MAGIC):
             return _only_member(raw, label)
-    except (EOFError, gzip.BadGzipFile, zlib.error, zipfile.BadZipFile):
+    except _BROKEN:
         raise BadInput(f"{label} is cut off: it does not unpack", _AGAIN) from None
     return raw
 
@@ -138,38 +137,32 @@ def _only_member(raw: bytes, label: str) -> bytes:
     with zipfile.ZipFile(io.BytesIO(raw)) as archive:
         names = [name for name in archive.namelist() if not name.endswith("/")]
         if len(names) != 1:
-            raise BadInput(f"{label} is a zip with {len(names)} files", "unpack it into the export folder")
-        return archive.read(names[0])
+            raise BadInput(
+                f"{label} is a zip with {len(names)} files",
+                "unpack it into the export folder; spreadsheets: save as CSV",
+            )
+        with archive.open(names[0]) as packed:
+            return _bounded(packed, label)
 
 
-def _text(file: ExportFile, encoding: str) -> str:
+def _members(raw: bytes, label: str, pattern: str) -> list[bytes]:
+    """Return what the archive's matching members hold, in name order, folders inside it aside."""
     try:
-        return file.content.decode(encoding)
-    except UnicodeDecodeError:
-        raise BadInput(
-            f"{file.label} is not {encoding} text", "set `encoding` in the layout to the one of the export"
-        ) from None
+        with zipfile.ZipFile(io.BytesIO(raw)) as archive:
+            names = sorted(name for name in archive.namelist() if fnmatch(name.rsplit("/", 1)[-1], pattern))
+            return [_bounded(archive.open(name), label) for name in names]
+    except _BROKEN:
+        raise BadInput(f"{label} is cut off: it does not unpack", _AGAIN) from None
 
 
-def _refuse_long_lines(file: ExportFile, text: str, delimiter: str) -> None:
-    """Refuse lines with more fields than names: read on, a decimal comma would turn 7,5 into 7 without a word."""
-    lines = text.splitlines()
-    names, widest = lines[0].count(delimiter), max(line.count(delimiter) for line in lines)
-    if widest > names and '"' in text:
-        fields = [len(row) for row in csv.reader(lines, delimiter=delimiter)]
-        names, widest = fields[0], max(fields)
-    if widest > names:
+def _bounded(packed: IO[bytes] | gzip.GzipFile, label: str) -> bytes:
+    """Return the unpacked bytes; refuse what would not fit: a small archive can unpack to any size."""
+    content = packed.read(MAX_UNPACKED_BYTES + 1)
+    if len(content) > MAX_UNPACKED_BYTES:
         raise BadInput(
-            f"{file.label} has lines with more fields than its header has names",
-            f"check the layout's delimiter {delimiter!r} and that the export uses a decimal point",
+            f"{label} unpacks to more than {MAX_UNPACKED_BYTES >> 20} MiB", "unpack it and split it by person"
         )
-
-
-def _last_row(lines: list[str], delimiter: str) -> list[str] | None:
-    for line in reversed(lines[1:]):
-        if line.strip():
-            return next(csv.reader([line], delimiter=delimiter))
-    return None
+    return content
 
 
 def _sha256(data: bytes) -> str:

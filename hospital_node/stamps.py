@@ -18,6 +18,9 @@ Bool: TypeAlias = npt.NDArray[np.bool_]
 Int: TypeAlias = npt.NDArray[np.int64]
 
 _DAY_S = 86_400
+_EPOCH_S = {"epoch_ms": 1e-3, "epoch_s": 1.0}
+# The end of the year 9999.
+_LAST_S = 253_402_300_799
 _SHARE_REFUSED = 0.5
 _ORDER_HINT = "name the order: in the layout, give `formats` as day first (%d/%m/%Y) or month first (%m/%d/%Y)"
 
@@ -31,6 +34,14 @@ class Stamps:
     clock_change: Bool
 
 
+@dataclass(frozen=True, slots=True)
+class Counter:
+    """Per row: seconds that no clock change touches (nan: none), and the device that counts them."""
+
+    second: npt.NDArray[np.float64]
+    device: pd.Series
+
+
 def zone_of(name: str | None) -> ZoneInfo:
     """Return the IANA zone. Raises BadInput when there is none or it is unknown: a zone is never guessed."""
     hint = "set the node's zone to an IANA name such as Europe/London"
@@ -42,7 +53,14 @@ def zone_of(name: str | None) -> ZoneInfo:
         raise BadInput(f"{name!r} is not a time zone", hint) from None
 
 
-def read_stamps(text: pd.Series, files: Int, labels: tuple[str, ...], times: Times, zone: str | None) -> Stamps:
+def read_stamps(
+    text: pd.Series,
+    files: Int,
+    labels: tuple[str, ...],
+    times: Times,
+    zone: str | None,
+    counter: Counter | None = None,
+) -> Stamps:
     """Return UTC times of the stamps in `text`.
 
     files: each row's file number; labels: what the files are called in errors. Raises BadInput when the date order is
@@ -58,22 +76,26 @@ def read_stamps(text: pd.Series, files: Int, labels: tuple[str, ...], times: Tim
     _refuse_unreadable((local.isna() & absolute.isna()).to_numpy(), files, labels, times)
     if not local.notna().any():
         return Stamps(absolute, local, np.zeros(len(text), dtype=np.bool_))
-    measured_at, clock_change = to_utc(local, files, zone_of(zone))
+    measured_at, clock_change = to_utc(local, files, zone_of(zone), counter)
     return Stamps(measured_at.where(absolute.isna(), absolute), local, clock_change)
 
 
-def to_utc(local: pd.Series, files: Int, zone: ZoneInfo) -> tuple[pd.Series, Bool]:
+def to_utc(local: pd.Series, files: Int, zone: ZoneInfo, counter: Counter | None = None) -> tuple[pd.Series, Bool]:
     """Return UTC times of local wall-clock times and the mask of those that a clock change leaves without one.
 
     A time that did not exist has none. A repeated hour is settled by order where that is exact: within one file
     the clock goes back once, by 30 minutes or more, inside the hour; rows before are summer time, rows after
-    standard time.
+    standard time. In a file that runs backwards the first rows are standard time. A device's counter settles what
+    order does not.
     """
     settled = local.dt.tz_localize(zone, ambiguous="NaT", nonexistent="NaT")
     exists = local.dt.tz_localize(zone, ambiguous=np.ones(len(local), dtype=np.bool_), nonexistent="NaT")
     repeated = (settled.isna() & exists.notna()).to_numpy()
     if repeated.any():
         summer, known = _by_order(local, files, repeated)
+        if counter is not None:
+            told, summer_told = _by_counter(local, settled, repeated, counter)
+            summer, known = np.where(told, summer_told, summer), known | told
         chosen = local.dt.tz_localize(zone, ambiguous=summer, nonexistent="NaT")
         settled = settled.where(~(repeated & known), chosen)
     clock_change = (settled.isna() & local.notna()).to_numpy()
@@ -88,11 +110,50 @@ def _by_order(local: pd.Series, files: Int, repeated: Bool) -> tuple[Bool, Bool]
     nights = pd.DataFrame({"file": files[rows], "day": seconds // _DAY_S, "at": np.arange(len(rows))})
     for _, night in nights.groupby(["file", "day"], sort=False):
         at = night["at"].to_numpy()
-        back = np.flatnonzero(np.diff(seconds[at]) < 0)
-        if len(back) == 1 and seconds[at[back[0]]] - seconds[at[back[0] + 1]] >= 1800:
+        sign = _direction(local, files, night["file"].iloc[0])
+        back = np.flatnonzero(sign * np.diff(seconds[at]) < 0)
+        if len(back) == 1 and abs(seconds[at[back[0]]] - seconds[at[back[0] + 1]]) >= 1800:
             known[rows[at]] = True
-            summer[rows[at[: back[0] + 1]]] = True
+            summer[rows[at[: back[0] + 1] if sign > 0 else at[back[0] + 1 :]]] = True
     return summer, known
+
+
+def _direction(local: pd.Series, files: Int, file: int) -> int:
+    """Return 1 when most of the file's steps go forwards in time, else -1: a file that has its newest row first."""
+    steps = np.diff(_epoch_s(local[(files == file) & local.notna().to_numpy()]))
+    return 1 if (steps > 0).sum() >= (steps < 0).sum() else -1
+
+
+def _by_counter(local: pd.Series, settled: pd.Series, repeated: Bool, counter: Counter) -> tuple[Bool, Bool]:
+    """Return, for repeated wall-clock times, whether the device's counter tells, and whether it is summer time.
+
+    Compared with the device's nearest settled row by counter, at most a day away: the two hours that a time may mean
+    lie 3600 s apart, so one within 600 s of the counter's is meant.
+    """
+    told, summer = np.zeros(len(local), dtype=np.bool_), np.zeros(len(local), dtype=np.bool_)
+    usable = ~np.isnan(counter.second) & counter.device.notna().to_numpy()
+    utc = _epoch_s(settled.dt.tz_convert("UTC").dt.tz_localize(None))
+    fixed = usable & settled.notna().to_numpy()
+    zone = settled.dt.tz
+    for device in set(counter.device[repeated & usable]):
+        mine = (counter.device == device).to_numpy()
+        known, open_rows = np.flatnonzero(mine & fixed), np.flatnonzero(mine & repeated & usable)
+        if not len(known):
+            continue
+        known = known[np.argsort(counter.second[known], kind="stable")]
+        ticks = counter.second[known]
+        after = np.clip(np.searchsorted(ticks, counter.second[open_rows]), 1 if len(known) > 1 else 0, len(known) - 1)
+        before = np.maximum(after - 1, 0)
+        gap = counter.second[open_rows]
+        near = np.where(np.abs(ticks[before] - gap) <= np.abs(ticks[after] - gap), before, after)
+        expected = utc[known[near]] + (gap - ticks[near])
+        chosen = local.iloc[open_rows].dt.tz_localize(zone, ambiguous=np.ones(len(open_rows), dtype=np.bool_))
+        first = _epoch_s(chosen.dt.tz_convert("UTC").dt.tz_localize(None))
+        close = np.abs(ticks[near] - gap) <= _DAY_S
+        is_summer, is_standard = np.abs(expected - first) <= 600, np.abs(expected - first - 3600) <= 600
+        told[open_rows] = close & (is_summer != is_standard)
+        summer[open_rows] = is_summer
+    return told, summer
 
 
 def _nothing(text: pd.Series) -> pd.Series:
@@ -100,37 +161,64 @@ def _nothing(text: pd.Series) -> pd.Series:
 
 
 def _strptime(text: pd.Series, form: str) -> pd.Series:
+    if form in _EPOCH_S:
+        second = pd.to_numeric(text, errors="coerce") * _EPOCH_S[form]
+        return pd.to_datetime(second.where(second.between(0, _LAST_S)), unit="s").astype("datetime64[s]")
     return pd.to_datetime(text, format=form, errors="coerce").astype("datetime64[s]")
 
 
 def _parse(text: pd.Series, files: Int, labels: tuple[str, ...], times: Times) -> tuple[pd.Series, pd.Series]:
     """Return local times and, for stamps with an offset, UTC times; NaT where neither."""
     local, absolute = pd.Series(pd.NaT, index=text.index, dtype="datetime64[s]"), _nothing(text)
-    forms = (_settle_order(text, times.formats),) if times.order == "auto" else times.formats
-    for form in forms:
+    if times.order == "auto":
+        return _settled(text, files, labels, times.formats), absolute
+    for form in times.formats:
         left = (local.isna() & absolute.isna() & text.notna()).to_numpy()
         if not left.any():
             break
         if form.endswith("%z"):
             moments = pd.to_datetime(text[left], format=form, errors="coerce", utc=True)
             absolute[left] = moments.astype("datetime64[s, UTC]")
+        elif form in _EPOCH_S:
+            absolute[left] = _strptime(text[left], form).dt.tz_localize("UTC")
         else:
             local[left] = _strptime(text[left], form)
-            if times.order == "declared":
-                _refuse_other_order(text[left], local[left], files[left], labels, form)
+            _refuse_other_order(text[left], local[left], files[left], labels, form)
     return local, absolute
 
 
-def _settle_order(text: pd.Series, forms: tuple[str, ...]) -> str:
-    """Return the one format that fits every stamp; of several that agree on every stamp, the first."""
-    present = text.dropna()
-    fitting = {form: parsed for form in forms if (parsed := _strptime(present, form)).notna().all()}
-    if not fitting:
-        raise BadInput(f"no format of the layout fits every time stamp (tried {', '.join(forms)})", _ORDER_HINT)
-    first, *others = fitting.values()
-    if any(not other.equals(first) for other in others):
-        raise BadInput("the date order is ambiguous: no stamp has a day above 12", _ORDER_HINT)
-    return next(iter(fitting))
+def _settled(text: pd.Series, files: Int, labels: tuple[str, ...], forms: tuple[str, ...]) -> pd.Series:
+    """Return local times by the one format that fits the export, or else by the one that fits each file."""
+    whole = _fitting(text, forms)
+    if whole:
+        return _only_reading(whole, "the date order is ambiguous: no stamp has a day above 12")
+    local = pd.Series(pd.NaT, index=text.index, dtype="datetime64[s]")
+    for number in np.unique(files):
+        mine = files == number
+        readings = _fitting(text[mine], forms)
+        if not readings:
+            raise BadInput(
+                f"{labels[number]}: no format of the layout fits every time stamp (tried {', '.join(forms)})",
+                _ORDER_HINT,
+            )
+        what = f"{labels[number]}: the date order is ambiguous: no stamp has a day above 12"
+        local[mine] = _only_reading(readings, what)
+    return local
+
+
+def _fitting(text: pd.Series, forms: tuple[str, ...]) -> list[pd.Series]:
+    """Return the stamps as each format reads them that fits them all; missing stamps fit any."""
+    missing = text.isna()
+    probe = text.dropna().iloc[:1]
+    likely = [form for form in forms if _strptime(probe, form).notna().all()]
+    return [read for form in likely if ((read := _strptime(text, form)).notna() | missing).all()]
+
+
+def _only_reading(readings: list[pd.Series], ambiguous: str) -> pd.Series:
+    """Return what several formats agree on; a format under which the days scatter is none."""
+    if any(not other.equals(readings[0]) for other in readings[1:]):
+        raise BadInput(ambiguous, _ORDER_HINT)
+    return readings[0]
 
 
 def _refuse_other_order(text: pd.Series, local: pd.Series, files: Int, labels: tuple[str, ...], form: str) -> None:

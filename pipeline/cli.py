@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from data_schemas.errors import BadInput, IsletError
+from pipeline.cli_node import NodePath, node, say
 
 if TYPE_CHECKING:
     from hospital_node.budget import Cohort
     from hospital_node.folder import NodeFolder
-    from hospital_node.settings import NodeSettings, Source
     from pipeline.export import LoadedModel
 
 app = typer.Typer(
@@ -30,14 +30,12 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Hospitals train one glucose forecaster together; no reading leaves a hospital.",
 )
-node = typer.Typer(no_args_is_help=True, help="A hospital's node: readings, privacy budget, forecasts.")
 aggregator = typer.Typer(no_args_is_help=True, help="The federation's aggregator: rounds and credit.")
 ledger = typer.Typer(no_args_is_help=True, help="The credit ledger: verify, show, export.")
 app.add_typer(node, name="node")
 app.add_typer(aggregator, name="aggregator")
 app.add_typer(ledger, name="ledger")
 
-NodePath = Annotated[Path, typer.Argument(metavar="NODE", help="The node's folder.")]
 AggregatorPath = Annotated[Path, typer.Argument(metavar="AGGREGATOR", help="The aggregator's folder.")]
 NodePaths = Annotated[list[Path], typer.Option("--node", help="A node folder on this machine; repeat for each.")]
 LedgerPath = Annotated[Path, typer.Argument(metavar="LEDGER", help="An aggregator's folder, or its ledger.db.")]
@@ -51,12 +49,6 @@ def main() -> None:
         hint = f"  what to do: {error.hint}\n" if error.hint else ""
         sys.stderr.write(f"error: {error.message}\n{hint}")
         raise SystemExit(error.exit_code) from None
-
-
-def say(line: str = "") -> None:
-    """Print one line at once, so that long work shows its progress."""
-    typer.echo(line)
-    sys.stdout.flush()
 
 
 def _now() -> str:
@@ -104,46 +96,6 @@ def node_init(
         raise BadInput(f"not a node's settings: {wrong}", "see islet node init --help") from error
     NodeFolder.create(path, settings)
     say(f"made node {name} in {path}; next: islet node import {path}")
-
-
-def _sources(settings: NodeSettings) -> tuple[Source, ...]:
-    if not settings.sources:
-        raise BadInput("the node has no sources", "add a [[sources]] block with path, layout and zone to node.toml")
-    return settings.sources
-
-
-@node.command("import")
-def node_import(path: NodePath) -> None:
-    """Read, validate and store the exports that node.toml names."""
-    from data_schemas.layout import load_layout
-    from hospital_node.folder import NodeFolder
-    from hospital_node.importing import import_exports
-    from hospital_node.store import Store
-    from hospital_node.validation import render_report
-
-    with NodeFolder.open(path) as home:
-        for source in _sources(home.settings):
-            say(f"importing {source.path} ({source.layout})")
-            layout, store = load_layout(source.layout), Store(home.store)
-            say(render_report(import_exports(Path(source.path), layout, source.zone, home.pseudonym_key, store)))
-
-
-@node.command("validate")
-def node_validate(path: NodePath) -> None:
-    """Check the exports that node.toml names and store nothing; exit 1 when a row would be quarantined."""
-    from data_schemas.layout import load_layout
-    from hospital_node.folder import NodeFolder
-    from hospital_node.intake import read_exports
-    from hospital_node.validation import load_suite, render_report, validate
-
-    clean = True
-    with NodeFolder.open(path) as home:
-        for source in _sources(home.settings):
-            readings = read_exports(Path(source.path), load_layout(source.layout), source.zone, home.pseudonym_key)
-            report = validate(readings, load_suite())[2]
-            say(f"{source.path} ({source.layout})\n{render_report(report)}")
-            clean = clean and not report.quarantined
-    raise typer.Exit(0 if clean else 1)
 
 
 @node.command("status")

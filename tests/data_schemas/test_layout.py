@@ -11,7 +11,7 @@ from data_schemas.layout import LAYOUTS, Identity, Layout, known_layouts, load_l
 
 def test_every_layout_that_ships_loads_under_its_own_name() -> None:
     """The name inside a layout file is the name by which it is asked for."""
-    assert known_layouts() == ("arizona", "canonical", "duke", "madrid", "manchester", "mostoles", "stanford")
+    assert {"canonical", "clarity", "fhir", "libreview", "ohio"} <= set(known_layouts())
     assert [load_layout(name).name for name in known_layouts()] == list(known_layouts())
 
 
@@ -64,6 +64,28 @@ def test_a_layout_cannot_be_changed_and_identity_has_one_place() -> None:
     with pytest.raises(ValidationError, match="frozen"):
         layout.zone = "UTC"  # type: ignore[misc]
     for wrong in ({}, {"file_pattern": "(?P<patient>.)", "columns": ("patient",)}):
-        with pytest.raises(ValidationError, match="either file_pattern or columns"):
+        with pytest.raises(ValidationError, match="give columns, or text_patterns"):
             Identity.model_validate(wrong)
     assert Layout.model_validate(layout.model_dump()) == layout
+
+
+def test_a_layout_extends_one_of_islets_own_and_says_only_what_differs(tmp_path: Path) -> None:
+    """Three lines settle the date order of an account; everything else stays as in the layout that comes with Islet."""
+    (tmp_path / "ours.toml").write_text(
+        'extends = "libreview"\nname = "ours"\n[time]\norder = "declared"\nformats = ["%d-%m-%Y %H:%M"]\n'
+    )
+
+    ours, base = load_layout(tmp_path / "ours.toml"), load_layout("libreview")
+
+    assert (ours.name, ours.time.order, ours.time.formats) == ("ours", "declared", ("%d-%m-%Y %H:%M",))
+    assert (ours.glucose, ours.identity, ours.time.columns) == (base.glucose, base.identity, base.time.columns)
+
+
+def test_a_layout_that_extends_nothing_known_is_refused(tmp_path: Path) -> None:
+    """The refusal lists what can be extended."""
+    (tmp_path / "ours.toml").write_text('extends = "elsewhere"\n')
+
+    with pytest.raises(BadInput, match="extends an unknown layout") as refusal:
+        load_layout(tmp_path / "ours.toml")
+
+    assert "libreview" in refusal.value.hint

@@ -253,7 +253,12 @@ def day_first(days: range) -> str:
 
 
 REFUSALS: dict[str, tuple[bytes | str, Layout | str, str | None, str]] = {
-    "missing column": ("patient,when,glucose_mg_dl\nJane Doe,2024,1\n", "canonical", "UTC", "no column 'time'.*'when'"),
+    "missing column": (
+        "patient,when,glucose_mg_dl\nJane Doe,2024,1\n",
+        "canonical",
+        "UTC",
+        "no column 'time'.*knows 'patient', 'glucose_mg_dl'",
+    ),
     "empty file": ("", "canonical", "UTC", "is empty"),
     "header only": (HEAD, "canonical", "UTC", "no row"),
     "last line cut": (rows(LINE) + "Jane Doe,2024-01", "canonical", "UTC", "cut off.*2 of 3"),
@@ -335,7 +340,7 @@ def test_a_file_that_changes_during_the_import_is_refused(
     """A file to which somebody still writes is refused even when its size and time stay the same."""
     path = tmp_path / "002.csv"
     path.write_text(DUKE.replace("61.0", "75.0"))
-    stamps = intake.read_stamps
+    stamps = intake.stamps_of
 
     def meanwhile(*arguments: object) -> object:
         state = path.stat()
@@ -343,7 +348,7 @@ def test_a_file_that_changes_during_the_import_is_refused(
         os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
         return stamps(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(intake, "read_stamps", meanwhile)
+    monkeypatch.setattr(intake, "stamps_of", meanwhile)
     before = bytes_of(filled)
 
     with pytest.raises(BadInput, match="changed while it was imported"):
