@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from data_schemas.errors import BadInput, IsletError
+from pipeline import cli_federation
 
 if TYPE_CHECKING:
     from hospital_node.budget import Cohort
@@ -36,6 +37,7 @@ ledger = typer.Typer(no_args_is_help=True, help="The credit ledger: verify, show
 app.add_typer(node, name="node")
 app.add_typer(aggregator, name="aggregator")
 app.add_typer(ledger, name="ledger")
+cli_federation.register(ledger)
 
 NodePath = Annotated[Path, typer.Argument(metavar="NODE", help="The node's folder.")]
 AggregatorPath = Annotated[Path, typer.Argument(metavar="AGGREGATOR", help="The aggregator's folder.")]
