@@ -25,6 +25,7 @@ from data_schemas.ledger import Entry, LedgerEntry, MemberEntry, Receipt
 from pipeline import checkpoint as notes
 from pipeline import merkle
 from pipeline.checkpoint import Checkpoint
+from pipeline.inclusion import split_payload
 from pipeline.signing import PrivateKey, verify, write_durably
 
 CHECKPOINT_FILE = "checkpoint.txt"
@@ -284,16 +285,6 @@ def _parse(path: Path, payload: bytes) -> LedgerEntry:
         return LedgerEntry.model_validate_json(payload)
     except ValidationError as error:
         raise _tampered(path, "an entry cannot be read") from error
-
-
-def split_payload(payload: bytes) -> tuple[bytes, str]:
-    """Return the bytes that the aggregator signed, and its signature (empty when there is none).
-
-    Keys are sorted in canonical JSON and "signature" is the last of an entry, so the signed bytes are the payload
-    without it: exactly what was signed, without parsing and writing it anew.
-    """
-    head, found, tail = payload.rpartition(b',"signature":"')
-    return head + b"}", tail.removesuffix(b'"}').decode("ascii", "replace") if found else ""
 
 
 def once_mark(unique_key: bytes, index: int, leaf: bytes) -> bytes:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from aggregator.contribution import credit
@@ -10,6 +12,9 @@ from data_schemas.errors import BadInput
 from data_schemas.ledger import CreditEntry, Entry, MemberEntry, ModelEntry, PlanEntry, RoundEntry
 from data_schemas.messages import SignedRelease, SignedUpdate
 from pipeline.signing import verify
+
+# An update or a release inside an entry, as canonical JSON writes it: what was signed, and the signature.
+_SIGNED = re.compile(rb'"(?:manifest|release)":(\{[^\n]*?\}),"signature":"([0-9a-f]{128})"')
 
 
 @dataclass
@@ -28,8 +33,11 @@ class Replay:
     unpaid: int = 0
 
 
-def fault(entry: Entry, so_far: Replay) -> str:
-    """Say what is wrong with the next entry; empty when nothing is, and then `so_far` has taken it in."""
+def fault(entry: Entry, so_far: Replay, payload: bytes = b"") -> str:
+    """Say what is wrong with the next entry; empty when nothing is, and then `so_far` has taken it in.
+
+    `payload` is the entry as logged: what members signed is cut out of it instead of being written anew.
+    """
     so_far.counts[entry.kind] = so_far.counts.get(entry.kind, 0) + 1
     match entry:
         case MemberEntry():
@@ -37,9 +45,9 @@ def fault(entry: Entry, so_far: Replay) -> str:
         case PlanEntry():
             return _plan_fault(entry, so_far)
         case RoundEntry():
-            return _round_fault(entry, so_far)
+            return _round_fault(entry, so_far, payload)
         case CreditEntry():
-            return _credit_fault(entry, so_far)
+            return _credit_fault(entry, so_far, payload)
         case ModelEntry():
             return _model_fault(entry, so_far)
 
@@ -59,7 +67,7 @@ def _plan_fault(entry: PlanEntry, so_far: Replay) -> str:
     return ""
 
 
-def _round_fault(entry: RoundEntry, so_far: Replay) -> str:
+def _round_fault(entry: RoundEntry, so_far: Replay, payload: bytes) -> str:
     previous = so_far.last_round.get(entry.run)
     if previous and entry.round <= previous.round:
         return f"round {entry.round} of run {entry.run} follows round {previous.round}"
@@ -69,8 +77,8 @@ def _round_fault(entry: RoundEntry, so_far: Replay) -> str:
         return "it does not follow the run's plan"
     if len({u.manifest.node for u in entry.admitted}) != len(entry.admitted):
         return "a node is admitted twice"
-    for update in entry.admitted:
-        wrong = _update_fault(update, entry, so_far)
+    for update, message in zip(entry.admitted, _signed_parts(entry.admitted, payload), strict=True):
+        wrong = _update_fault(update, message, entry, so_far)
         if wrong:
             return f"update of {update.manifest.node}: {wrong}"
     so_far.last_round[entry.run] = entry
@@ -78,7 +86,7 @@ def _round_fault(entry: RoundEntry, so_far: Replay) -> str:
     return ""
 
 
-def _update_fault(update: SignedUpdate, entry: RoundEntry, so_far: Replay) -> str:
+def _update_fault(update: SignedUpdate, message: bytes, entry: RoundEntry, so_far: Replay) -> str:
     m, member = update.manifest, so_far.members.get(update.manifest.node)
     if member is None:
         return "not a member"
@@ -88,10 +96,10 @@ def _update_fault(update: SignedUpdate, entry: RoundEntry, so_far: Replay) -> st
         return "made with another plan or base model"
     if m.declared_patients != member.declared_training_patients:
         return "declares another number of patients than the member entry"
-    return _member_signature_fault(m.federation, canonical_bytes(m), update.signature, member, so_far)
+    return _member_signature_fault(m.federation, message, update.signature, member, so_far)
 
 
-def _release_fault(signed: SignedRelease, entry: CreditEntry, so_far: Replay) -> str:
+def _release_fault(signed: SignedRelease, message: bytes, entry: CreditEntry, so_far: Replay) -> str:
     release, member = signed.release, so_far.members.get(signed.release.node)
     if member is None:
         return "not a member"
@@ -99,7 +107,22 @@ def _release_fault(signed: SignedRelease, entry: CreditEntry, so_far: Replay) ->
         return f"made for epoch {release.epoch} of run {release.run}"
     if release.declared_heldout_patients != member.declared_heldout_patients:
         return "declares another number of held-out patients than the member entry"
-    return _member_signature_fault(release.federation, canonical_bytes(release), signed.signature, member, so_far)
+    return _member_signature_fault(release.federation, message, signed.signature, member, so_far)
+
+
+def _signed_parts(parts: Sequence[SignedUpdate | SignedRelease], payload: bytes) -> list[bytes]:
+    """Bytes that each part's signature covers: cut out of the canonical payload, else written anew.
+
+    A quote inside a JSON string is escaped, so neither pattern can lie in a text. A name that occurs more often than
+    there are parts means a key given twice, where the cut and the parsed value could differ.
+    """
+    found = _SIGNED.findall(payload)
+    told = payload.count(b'"manifest":') + payload.count(b'"release":')
+    if told == len(found) == len(parts) and all(
+        s.decode() == part.signature for (_, s), part in zip(found, parts, strict=True)
+    ):
+        return [message for message, _ in found]
+    return [canonical_bytes(p.manifest if isinstance(p, SignedUpdate) else p.release) for p in parts]
 
 
 def _member_signature_fault(
@@ -111,11 +134,11 @@ def _member_signature_fault(
     return "" if verify(member.public_key, message, signature) else "the member's signature is wrong"
 
 
-def _credit_fault(entry: CreditEntry, so_far: Replay) -> str:
+def _credit_fault(entry: CreditEntry, so_far: Replay, payload: bytes) -> str:
     rounds = {(entry.run, r) for r in entry.rounds}
     wrong = _epoch_fault(entry, rounds, so_far)
-    for signed in entry.releases:
-        found = _release_fault(signed, entry, so_far)
+    for signed, message in zip(entry.releases, _signed_parts(entry.releases, payload), strict=True):
+        found = _release_fault(signed, message, entry, so_far)
         wrong = wrong or (found and f"release of {signed.release.node}: {found}")
     wrong = wrong or _sum_fault(entry)
     if wrong:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from aggregator.ledger import CHECKPOINT_FILE, once_mark, split_payload
+from aggregator.ledger import CHECKPOINT_FILE, once_mark
 from aggregator.ledger_file import HINT, LedgerFile, check_structure, open_ledger_file
 from aggregator.ledger_rules import Replay, fault, nickname
 from data_schemas.canonical import canonical_bytes
@@ -31,6 +31,7 @@ from data_schemas.ledger import (
 from pipeline import checkpoint as notes
 from pipeline import merkle
 from pipeline.checkpoint import Checkpoint, SignedCheckpoint
+from pipeline.inclusion import split_payload
 from pipeline.signing import verify, write_durably
 
 
@@ -48,9 +49,13 @@ class VerifyReport:
     cosigned_by: tuple[str, ...]
 
 
-def verify_ledger(path: Path, aggregator_public_key: str, witnessed: Sequence[str] = ()) -> VerifyReport:
+def verify_ledger(
+    path: Path, aggregator_public_key: str, witnessed: Sequence[str] = (), *, every_signature: bool = False
+) -> VerifyReport:
     """Rebuild everything from the entries and compare. Raises Tampered with the file's name and the byte offset.
 
+    The aggregator's signature on the newest checkpoint stands for the entries under it; entries above it, and all of
+    them with `every_signature`, are checked one by one. Members' signatures are always checked one by one.
     Members' keys come from the member entries; `witnessed` are checkpoint notes kept outside this folder.
     BadInput: no such file. StorageFailed: it cannot be read. The file is not changed, save that
     SQLite rolls back what a killed writer left half done.
@@ -59,8 +64,7 @@ def verify_ledger(path: Path, aggregator_public_key: str, witnessed: Sequence[st
         raise BadInput(f"{path}: no such ledger", "Give the path of the ledger.db file.")
     with open_ledger_file(path) as file:
         check_structure(file)
-        replay, tree = _check_entries(file, aggregator_public_key)
-        heads = _check_checkpoints(file, tree, aggregator_public_key)
+        replay, tree, heads = _check_log(file, aggregator_public_key, every_signature)
         _check_cosignatures(file, heads, replay)
         _check_once(file, tree)
     anchors = [
@@ -84,15 +88,37 @@ def verify_ledger(path: Path, aggregator_public_key: str, witnessed: Sequence[st
 # What is in it.
 
 
-def _check_entries(file: LedgerFile, key: str) -> tuple[Replay, merkle.Tree]:
+def _check_log(file: LedgerFile, key: str, every_signature: bool) -> tuple[Replay, merkle.Tree, dict[int, Checkpoint]]:
+    """Check entries and checkpoints; where a root does not fit, the signatures one by one say which entry it is."""
+    vouched = 0 if every_signature else _vouched_size(file, key)
+    replay, tree = _check_entries(file, key, vouched)
+    try:
+        return replay, tree, _check_checkpoints(file, tree, key)
+    except Tampered:
+        if vouched:
+            _check_entries(file, key, 0)
+        raise
+
+
+def _vouched_size(file: LedgerFile, key: str) -> int:
+    """Size of the newest checkpoint if its signature holds, else 0; its root is compared when the tree is built."""
+    for size, note in file.rows("SELECT size, note FROM checkpoints ORDER BY size DESC LIMIT 1"):
+        try:
+            return int(size) if notes.verify_note(note.decode(), key).size == size else 0
+        except (UnicodeDecodeError, BadInput, CheckFailed):
+            return 0
+    return 0
+
+
+def _check_entries(file: LedgerFile, key: str, vouched: int) -> tuple[Replay, merkle.Tree]:
     replay, tree = Replay(), merkle.Tree()
     for expected, (index, leaf, payload) in enumerate(file.rows("SELECT idx, leaf, payload FROM entries ORDER BY idx")):
         if index != expected:
             raise file.tampered(payload, f"entry {expected} is missing: entry {index} follows")
-        wrong = _bytes_fault(leaf, payload, key)
+        wrong = _bytes_fault(leaf, payload, key if index >= vouched else None)
         entry = _parse(payload)
         if not wrong:
-            wrong = _content_fault(entry, index, replay)
+            wrong = _content_fault(entry, payload, index, replay)
         if wrong:
             name = f" ({nickname(entry.entry)})" if entry else ""
             raise file.tampered(payload, f"entry {index}{name}: {wrong}")
@@ -100,17 +126,19 @@ def _check_entries(file: LedgerFile, key: str) -> tuple[Replay, merkle.Tree]:
     return replay, tree
 
 
-def _bytes_fault(leaf: bytes, payload: bytes, key: str) -> str:
+def _bytes_fault(leaf: bytes, payload: bytes, key: str | None) -> str:
     if merkle.leaf_hash(payload) != leaf:
         return "leaf hash differs"
+    if key is None:
+        return ""
     signed, signature = split_payload(payload)
     return "" if verify(key, signed, signature) else "the aggregator's signature is wrong"
 
 
-def _content_fault(entry: LedgerEntry | None, index: int, replay: Replay) -> str:
+def _content_fault(entry: LedgerEntry | None, payload: bytes, index: int, replay: Replay) -> str:
     if entry is None:
         return "not a ledger entry"
-    return fault(entry.entry, replay) if entry.index == index else f"it says it is entry {entry.index}"
+    return fault(entry.entry, replay, payload) if entry.index == index else f"it says it is entry {entry.index}"
 
 
 def _parse(payload: bytes) -> LedgerEntry | None:

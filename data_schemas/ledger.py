@@ -105,3 +105,12 @@ class Receipt(Frozen):
     tree_size: int
     leaf_hash: Hex32
     path: tuple[Hex32, ...]
+
+
+class EntryProof(Frozen):
+    """An entry with all that is needed to check it offline: its logged bytes as text, the receipt, a signed note."""
+
+    kind: Literal["islet-ledger-proof-v1"] = "islet-ledger-proof-v1"
+    entry: str
+    receipt: Receipt
+    checkpoint: str

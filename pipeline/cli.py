@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from data_schemas.errors import BadInput, IsletError
+from pipeline import cli_federation
 from pipeline.cli_node import NodePath, node, say
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ ledger = typer.Typer(no_args_is_help=True, help="The credit ledger: verify, show
 app.add_typer(node, name="node")
 app.add_typer(aggregator, name="aggregator")
 app.add_typer(ledger, name="ledger")
+cli_federation.register(ledger)
 
 AggregatorPath = Annotated[Path, typer.Argument(metavar="AGGREGATOR", help="The aggregator's folder.")]
 NodePaths = Annotated[list[Path], typer.Option("--node", help="A node folder on this machine; repeat for each.")]
