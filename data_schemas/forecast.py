@@ -29,15 +29,21 @@ class NoForecast(StrEnum):
 
 
 class ForecastPoint(Frozen):
-    """Forecast for one moment: mean-optimal value and five quantiles, in the answer's unit."""
+    """Forecast for one moment, in the answer's unit: mean-optimal value and quantiles.
+
+    The model has p05, p25, p50, p75 and p95; p10 and p90 lie on the straight line between their neighbours. So
+    p05..p95 holds 90%, p10..p90 80% and p25..p75 50%.
+    """
 
     at: datetime
     horizon_minutes: int
     value: float
     p05: float
+    p10: float
     p25: float
     p50: float
     p75: float
+    p90: float
     p95: float
     clipped: bool
 

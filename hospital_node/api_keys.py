@@ -31,12 +31,18 @@ ALL_PATIENTS = "all"
 
 
 class ApiKey(Frozen):
-    """What the node keeps of a key. scope: `all`, or the pseudonym of the one patient whose readings it may use."""
+    """What the node keeps of a key. scope: `all`, or the pseudonym of the one patient whose readings it may use.
+
+    writes: whether it may add readings. nightscout: SHA-256 of the hexadecimal SHA-1 of the secret, which is what a
+    Nightscout uploader sends in its place; keys made before there was such a thing have none.
+    """
 
     key_id: str = Field(pattern=r"^[0-9a-f]{8}$")
     sha256: Hex32 = Field(pattern=r"^[0-9a-f]{64}$")
     scope: str = Field(pattern=r"^[A-Za-z0-9._-]{1,128}$")
     created_at: datetime
+    writes: bool = False
+    nightscout: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
 
     def allows(self, pseudonym: str) -> bool:
         """Whether this key may see forecasts of this patient's stored readings."""
@@ -47,8 +53,10 @@ class _KeyFile(Frozen):
     keys: tuple[ApiKey, ...] = ()
 
 
-def create_key(node_home: Path, scope: str, now_s: float) -> tuple[ApiKey, str]:
+def create_key(node_home: Path, scope: str, now_s: float, *, writes: bool = False) -> tuple[ApiKey, str]:
     """Add a key and return it with its secret text: the only time that text exists outside the app.
+
+    writes: the key may also add readings.
 
     Raises BadInput for a scope that cannot be a pseudonym.
     """
@@ -59,6 +67,8 @@ def create_key(node_home: Path, scope: str, now_s: float) -> tuple[ApiKey, str]:
             sha256=_hash(secret),
             scope=scope,
             created_at=datetime.fromtimestamp(now_s, tz=UTC),
+            writes=writes,
+            nightscout=_hash(nightscout_secret(secret)),
         )
     except ValidationError as error:
         raise BadInput(
@@ -112,12 +122,27 @@ class KeyRing:
 
     def find(self, presented: str) -> ApiKey | None:
         """Return the key whose secret was presented, or None."""
+        return find_key(self._keys(), presented)
+
+    def find_nightscout(self, presented: str) -> ApiKey | None:
+        """Return the key whose secret, or whose secret's SHA-1, a Nightscout uploader presented, or None."""
+        digest, found = _hash(presented.lower()), None
+        for key in self._keys():
+            if key.nightscout is not None and hmac.compare_digest(key.nightscout, digest):
+                found = key
+        return found or self.find(presented)
+
+    def by_id(self, key_id: str) -> ApiKey | None:
+        """Return the key with this id while it is not revoked."""
+        return next((key for key in self._keys() if key.key_id == key_id), None)
+
+    def _keys(self) -> tuple[ApiKey, ...]:
         version = self._version()
         if version is None:
-            return None
+            return ()
         if version != self._seen[0]:
             self._seen = (version, read_keys(self._home))
-        return find_key(self._seen[1], presented)
+        return self._seen[1]
 
     def _version(self) -> tuple[int, int, int] | None:
         """Identity of the file: every write makes a new inode."""
@@ -131,6 +156,12 @@ class KeyRing:
 def key_file(node_home: Path) -> Path:
     """Where the node keeps the hashes of its API keys."""
     return node_home / "keys" / "api_keys.json"
+
+
+def nightscout_secret(secret: str) -> str:
+    """What a Nightscout uploader sends in its `api-secret` header for this secret: SHA-1, in hexadecimal."""
+    # Not for strength: the protocol asks for SHA-1. The secret has 256 random bits.
+    return hashlib.sha1(secret.encode(), usedforsecurity=False).hexdigest()
 
 
 def _hash(secret: str) -> str:

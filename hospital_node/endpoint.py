@@ -4,28 +4,26 @@ No answer and no log line repeats a reading. Keys are compared in constant time;
 Annotations are evaluated here, not postponed: FastAPI reads those of routes, which name things local to a function.
 """
 
-import threading
+import gc
 import time
-from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import numpy as np
-from fastapi import Depends, FastAPI, Query, Request, Response
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
-from fastapi.responses import PlainTextResponse
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
-from pydantic import AwareDatetime, Field
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from data_schemas.errors import BadInput
-from data_schemas.forecast import Forecast, GlucoseUnit, NoForecast
 from data_schemas.frozen import Frozen
-from data_schemas.units import MG_DL_PER_MMOL_L, RESEARCH_LABEL
-from hospital_node.api_keys import ApiKey, KeyRing
+from data_schemas.units import RESEARCH_LABEL
+from hospital_node.access import Guard
+from hospital_node.audit_log import AuditLog
+from hospital_node.forecast_routes import ForecastRequest, add_forecast_routes, add_status_routes
+from hospital_node.held_readings import HeldReadings
 from hospital_node.problems import (
     HTTP_TITLES,
     INVALID_DETAIL,
@@ -36,33 +34,21 @@ from hospital_node.problems import (
     no_forecast,
     problem,
 )
-from hospital_node.store import Store
+from hospital_node.rate_limit import RateLimit
+from hospital_node.served_model import ServedModel
+from hospital_node.services import Services, body_errors
 from hospital_node.traffic import OUTCOME, BodyLimit, Counted, Traffic
-from pipeline.export import LoadedModel, load_model
-from pipeline.forecasting import Float32, Int64, make_forecast
-from pipeline.model_card import ModelCard
-from pipeline.windows import Series
 
-
-class Reading(Frozen):
-    """One sensor reading: its moment, with a UTC offset, and glucose in the unit of the request."""
-
-    at: AwareDatetime
-    glucose: float = Field(gt=0)
-
-
-class ForecastRequest(Frozen):
-    """Readings of one person. They are used for the answer and not stored."""
-
-    readings: tuple[Reading, ...] = Field(min_length=1, max_length=2000)
-    units: GlucoseUnit
-
-
-class Ready(Frozen):
-    """The model that answers."""
-
-    model_version: str
-    model_hash: str
+_BODIES: tuple[type[Frozen], ...] = (ForecastRequest,)
+_SECURITY = {
+    "bearer": {"type": "http", "scheme": "bearer", "description": "An API key of this node, or a token (JWT)."},
+    "apiSecret": {
+        "type": "apiKey",
+        "in": "header",
+        "name": "api-secret",
+        "description": "A key for one patient, or its SHA-1 in hexadecimal, as Nightscout uploaders send it.",
+    },
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,66 +59,28 @@ class Running:
     stop: Callable[[], None]
 
 
-class _Served:
-    """The model that requests share, read as soon as its folder is there."""
-
-    def __init__(self, model_folder: Path) -> None:
-        self._folder = model_folder
-        self._lock = threading.Lock()
-        self._model: LoadedModel | None = None
-
-    def find_model(self) -> LoadedModel | None:
-        """Return the model, or None while its folder is not there. Raises BadInput or Tampered for a wrong folder."""
-        with self._lock:
-            if self._model is None and self._folder.exists():
-                self._model = load_model(self._folder)
-            return self._model
-
-    def model(self) -> LoadedModel:
-        """Return the model or decline."""
-        if model := self.find_model():
-            return model
-        raise Declined(NoForecast.NO_MODEL)
-
-
-class _Held:
-    """The node's readings in memory, read again when an import has changed the store's catalogue."""
-
-    def __init__(self, folder: Path) -> None:
-        self._store = Store(folder)
-        self._catalogue = folder / "catalogue.db"
-        self._lock = threading.Lock()
-        self._version: tuple[int, int] | None = None
-        self._series = Series((), np.zeros(1, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32))
-
-    def readings(self, pseudonym: str) -> tuple[Int64, Float32]:
-        """Return one person's epoch seconds int64[N] and mg/dL float32[N], interpolated rows left out, or decline."""
-        series = self._current()
-        at = bisect_left(series.patients, pseudonym)
-        if series.patients[at : at + 1] != (pseudonym,):
-            raise Declined(NoForecast.UNKNOWN_PATIENT)
-        rows = slice(series.starts[at], series.starts[at + 1])
-        return series.time_s[rows], series.glucose_mg_dl[rows]
-
-    def _current(self) -> Series:
-        with self._lock:
-            status = self._catalogue.stat()
-            version = status.st_mtime_ns, status.st_size
-            if version != self._version:
-                self._series, self._version = self._store.series(), version
-            return self._series
-
-
-def create_app(node_home: Path, model_folder: Path, clock: Callable[[], float] = time.time) -> FastAPI:
-    """Make the endpoint's ASGI application. clock: UTC epoch seconds.
+def create_app(
+    node_home: Path,
+    model_folder: Path,
+    clock: Callable[[], float] = time.time,
+    limit: RateLimit = RateLimit(),  # noqa: B008 a frozen value
+) -> FastAPI:
+    """Make the endpoint's ASGI application. clock: UTC epoch seconds; limit: requests of one caller.
 
     While model_folder is absent it answers 503; a folder that is no sound model folder raises BadInput or Tampered.
     """
     if not (node_home / "node.toml").exists():
         raise BadInput(f"{node_home} is not a node folder", "make one with `islet node init`")
-    served, held, ring = _Served(model_folder), _Held(node_home / "store"), KeyRing(node_home)
-    served.find_model()
-    traffic = Traffic()
+    services = Services(
+        home=node_home,
+        served=ServedModel(model_folder),
+        held=HeldReadings(node_home / "store"),
+        guard=Guard(node_home, clock, limit),
+        audit=AuditLog(node_home / "reports" / "access.jsonl"),
+        traffic=Traffic(),
+        clock=clock,
+    )
+    services.served.find()
     app = FastAPI(
         title="Islet forecast endpoint",
         version="1",
@@ -143,10 +91,10 @@ def create_app(node_home: Path, model_folder: Path, clock: Callable[[], float] =
     )
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     _add_problem_handlers(app)
-    _add_forecast_routes(app, served, held, ring, clock)
-    _add_status_routes(app, served, traffic)
+    add_forecast_routes(app, services)
+    add_status_routes(app, services)
     app.add_middleware(BodyLimit)
-    app.add_middleware(Counted, traffic=traffic)
+    app.add_middleware(Counted, traffic=services.traffic, audit=services.audit, clock=clock)
     return app
 
 
@@ -156,6 +104,7 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8080,
     ready: Callable[[Running], None] | None = None,
+    limit: RateLimit = RateLimit(),  # noqa: B008 a frozen value
 ) -> None:
     """Serve until stopped (SIGINT, SIGTERM, or Running.stop); requests in hand are finished. port 0 takes a free one.
 
@@ -174,7 +123,7 @@ def serve(
             self.should_exit = True
 
     config = uvicorn.Config(
-        create_app(node_home, model_folder),
+        create_app(node_home, model_folder, limit=limit),
         host=host,
         port=port,
         workers=1,
@@ -184,6 +133,9 @@ def serve(
         timeout_graceful_shutdown=10,
     )
     server = _Server(config)
+    # What is loaded by now stays: the collector need not walk through it again and again while requests wait.
+    gc.collect()
+    gc.freeze()
     try:
         server.run()
     except KeyboardInterrupt:
@@ -192,81 +144,14 @@ def serve(
         raise BadInput(f"port {port} on {host} cannot be had", "another program uses it: give another port") from None
 
 
-def _add_forecast_routes(app: FastAPI, served: _Served, held: _Held, ring: KeyRing, clock: Callable[[], float]) -> None:
-    bearer = HTTPBearer(auto_error=False, description="An API key of this node.")
-
-    def known_key(given: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]) -> ApiKey:
-        key = ring.find(given.credentials) if given is not None else None
-        if key is None:
-            raise HTTPException(401, "Send `Authorization: Bearer <API key>`; the operator of the node creates keys.")
-        return key
-
-    @app.post("/v1/forecast", responses=_problems(401, 409, 413, 422, 503), operation_id="forecast")
-    def forecast(body: ForecastRequest, _key: Annotated[ApiKey, Depends(known_key)]) -> Forecast:
-        """Forecast from the readings sent; nothing is stored."""
-        time_s, glucose = _arrays(body)
-        return _or_declined(make_forecast(served.model(), time_s, glucose, clock(), body.units))
-
-    @app.get(
-        "/v1/patients/{pseudonym}/forecast",
-        responses=_problems(401, 403, 404, 409, 422, 503),
-        operation_id="stored_forecast",
-    )
-    def stored_forecast(
-        pseudonym: str,
-        key: Annotated[ApiKey, Depends(known_key)],
-        units: GlucoseUnit = "mg/dL",
-        as_of: Annotated[
-            AwareDatetime | None,
-            Query(
-                description="Replay: answer as at this past moment. Later readings are hidden; the answer repeats it."
-            ),
-        ] = None,
-    ) -> Forecast:
-        """Forecast from the readings the node holds."""
-        if not key.allows(pseudonym):
-            raise HTTPException(403, "This API key is for another patient.")
-        model, now_s = served.model(), clock()
-        as_of_s = None if as_of is None else as_of.timestamp()
-        if as_of_s is not None and as_of_s > now_s:
-            raise HTTPException(422, "`as_of` must not lie in the future.")
-        time_s, glucose = held.readings(pseudonym)
-        return _or_declined(make_forecast(model, time_s, glucose, now_s, units, as_of_s=as_of_s))
-
-
-def _add_status_routes(app: FastAPI, served: _Served, traffic: Traffic) -> None:
-    @app.get("/v1/model-card", responses=_problems(503), operation_id="model_card")
-    def model_card() -> ModelCard:
-        """Return the card of the model that answers: training, privacy, results, limits."""
-        return served.model().card
-
-    @app.get("/healthz", operation_id="healthz")
-    def healthz() -> dict[str, str]:
-        """Tell that the process runs."""
-        return {"status": "ok"}
-
-    @app.get("/readyz", responses=_problems(503), operation_id="readyz")
-    def readyz() -> Ready:
-        """Tell that a verified model is loaded."""
-        model = served.model()
-        return Ready(model_version=model.card.version, model_hash=model.model_hash)
-
-    @app.get("/metrics", response_class=PlainTextResponse, operation_id="metrics")
-    def metrics() -> PlainTextResponse:
-        """Prometheus counters; no reading and no pseudonym is in them."""
-        model = served.find_model()
-        labels = None if model is None else (model.card.version, model.model_hash)
-        return PlainTextResponse(traffic.metrics(labels), media_type="text/plain; version=0.0.4")
-
-
 def _add_problem_handlers(app: FastAPI) -> None:
     @app.exception_handler(Declined)
-    def declined(request: Request, error: Declined) -> Response:
+    async def declined(request: Request, error: Declined) -> Response:
         request.scope[OUTCOME] = error.reason.value
         return _answer(no_forecast(error.reason))
 
     @app.exception_handler(HTTPException)
-    def refused(_request: Request, error: HTTPException) -> Response:
+    async def refused(_request: Request, error: HTTPException) -> Response:
         title = HTTP_TITLES.get(error.status_code, "Request refused")
         name = title.lower().replace(" ", "-")
         challenge = {"WWW-Authenticate": "Bearer"} if error.status_code == 401 else {}
@@ -274,12 +159,15 @@ def _add_problem_handlers(app: FastAPI) -> None:
         return _answer(problem(error.status_code, name, title, str(error.detail)), headers)
 
     @app.exception_handler(RequestValidationError)
-    def invalid(_request: Request, error: RequestValidationError) -> Response:
-        errors = tuple(field_problem(e) for e in error.errors()[:20])
-        return _answer(problem(422, "invalid-request", "Invalid request", INVALID_DETAIL, errors=errors))
+    async def invalid(_request: Request, error: RequestValidationError) -> Response:
+        return _invalid(error.errors())
+
+    @app.exception_handler(ValidationError)
+    async def invalid_body(_request: Request, error: ValidationError) -> Response:
+        return _invalid(body_errors(error))
 
     @app.exception_handler(Exception)
-    def failed(_request: Request, _error: Exception) -> Response:
+    async def failed(_request: Request, _error: Exception) -> Response:
         return _answer(problem(500, "internal", "Internal error", "The node's log has the cause."))
 
 
@@ -287,23 +175,9 @@ def _answer(told: Problem, headers: dict[str, str] | None = None) -> Response:
     return Response(told.to_bytes(), told.status, headers, media_type=PROBLEM_JSON)
 
 
-def _arrays(body: ForecastRequest) -> tuple[Int64, Float32]:
-    """Epoch seconds int64[N] and mg/dL float32[N]."""
-    factor = 1.0 if body.units == "mg/dL" else MG_DL_PER_MMOL_L
-    time_s = np.array([int(r.at.timestamp()) for r in body.readings], dtype=np.int64)
-    return time_s, np.array([r.glucose * factor for r in body.readings], dtype=np.float32)
-
-
-def _or_declined(answer: Forecast | NoForecast) -> Forecast:
-    if isinstance(answer, NoForecast):
-        raise Declined(answer)
-    return answer
-
-
-def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """OpenAPI responses: a Problem under its own media type."""
-    content = {PROBLEM_JSON: {"schema": {"$ref": "#/components/schemas/Problem"}}}
-    return {status: {"description": "Problem (RFC 9457)", "content": content} for status in statuses}
+def _invalid(errors: Any) -> Response:
+    found = tuple(field_problem(e) for e in errors[:20])
+    return _answer(problem(422, "invalid-request", "Invalid request", INVALID_DETAIL, errors=found))
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:
@@ -312,11 +186,15 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
         schema = get_openapi(
             title=app.title, version=app.version, summary=app.summary, description=app.description, routes=app.routes
         )
-        problem = Problem.model_json_schema(ref_template="#/components/schemas/{model}")
         schemas = schema["components"]["schemas"]
-        schemas |= problem.pop("$defs", {}) | {"Problem": problem}
+        models: tuple[type[Frozen], ...] = (Problem, *_BODIES)
+        for model in models:
+            own = model.model_json_schema(ref_template="#/components/schemas/{model}")
+            schemas |= own.pop("$defs", {}) | {model.__name__: own}
         for unused in ("HTTPValidationError", "ValidationError"):
             schemas.pop(unused, None)
+        schema["components"]["securitySchemes"] = _SECURITY
+        schema["components"]["schemas"] = dict(sorted(schemas.items()))
         app.openapi_schema = schema
     return app.openapi_schema
 

@@ -43,7 +43,16 @@ NO_FORECAST: dict[NoForecast, tuple[int, str, str]] = {
 
 
 INVALID_DETAIL = "See `errors`; values are not repeated."
-HTTP_TITLES = {401: "Unauthorised", 403: "Forbidden", 404: "Not found", 405: "Method not allowed"}
+HTTP_TITLES = {
+    401: "Unauthorised",
+    403: "Forbidden",
+    404: "Not found",
+    405: "Method not allowed",
+    409: "Conflict",
+    415: "Unsupported media type",
+    422: "Request refused",
+    429: "Rate limited",
+}
 
 
 class FieldProblem(Frozen):

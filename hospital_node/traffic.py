@@ -5,14 +5,26 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any, TypeAlias
 
+from hospital_node.access import PATIENT, WHO
+from hospital_node.audit_log import Access, AuditLog
 from hospital_node.problems import PROBLEM_JSON, Problem, problem
 
 MAX_BODY_BYTES = 256 * 1024
 # The outcome that a handler notes in the request's scope, where the status alone would say too little.
 OUTCOME = "islet.outcome"
+# Routes that answer before FastAPI names them.
+FAST_ROUTES = {"/v1/forecast": "/v1/forecast"}
+# OWASP REST security cheat sheet: nothing is cached, guessed, framed or loaded from elsewhere.
+SAFE_HEADERS = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"cache-control", b"no-store"),
+    (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"x-frame-options", b"DENY"),
+)
 
 Message: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[Message]]
@@ -33,8 +45,11 @@ class Traffic:
             self._outcomes[route, outcome] += 1
             self._seconds[route] += seconds
 
-    def metrics(self, model: tuple[str, str] | None) -> str:
-        """Write the Prometheus text format 0.0.4: counts only. model: version and hash of the one that answers."""
+    def metrics(self, model: tuple[str, str] | None, more: Mapping[str, int]) -> str:
+        """Write the Prometheus text format 0.0.4: counts only.
+
+        model: version and hash of the one that answers; more: further counters by name.
+        """
         with self._lock:
             outcomes, seconds = sorted(self._outcomes.items()), sorted(self._seconds.items())
         lines = ["# HELP islet_requests_total Answered requests.", "# TYPE islet_requests_total counter"]
@@ -47,14 +62,20 @@ class Traffic:
         lines += ["# HELP islet_model_info The model that answers.", "# TYPE islet_model_info gauge"]
         if model is not None:
             lines.append(f'islet_model_info{{version="{_label(model[0])}",hash="{model[1]}"}} 1')
+        for name, count in more.items():
+            lines += [f"# TYPE {name} counter", f"{name} {count}"]
         return "\n".join(lines) + "\n"
 
 
 class Counted:
-    """ASGI: count answers by route template; the outcome is the reason against a forecast, or the status."""
+    """ASGI, outermost: safe headers, counts by route template, and the audit log.
 
-    def __init__(self, app: Any, traffic: Traffic) -> None:
-        self.app, self.traffic = app, traffic
+    The outcome is the reason against a forecast, or the status. Audited is every request that showed a credential or
+    should have.
+    """
+
+    def __init__(self, app: Any, traffic: Traffic, audit: AuditLog, clock: Callable[[], float]) -> None:
+        self.app, self.traffic, self.audit, self.clock = app, traffic, audit, clock
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Pass the request on and note how it was answered."""
@@ -67,13 +88,26 @@ class Counted:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                headers = list(message.get("headers", ()))
+                given = {name for name, _ in headers}
+                message = {**message, "headers": headers + [h for h in SAFE_HEADERS if h[0] not in given]}
             await send(message)
 
         try:
             await self.app(scope, receive, noting)
         finally:
-            route = getattr(scope.get("route"), "path", "other")
-            self.traffic.count(route, scope.get(OUTCOME, str(status)), time.perf_counter() - started)
+            route = getattr(scope.get("route"), "path", FAST_ROUTES.get(scope["path"], "other"))
+            outcome = scope.get(OUTCOME, str(status))
+            self.traffic.count(route, outcome, time.perf_counter() - started)
+            if WHO in scope:
+                self._note(scope, route, outcome)
+
+    def _note(self, scope: Message, route: str, outcome: str) -> None:
+        patient = scope.get(PATIENT) or scope.get("path_params", {}).get("pseudonym")
+        operation = f"{scope['method']} {route}"
+        self.audit.write(
+            Access(at=round(self.clock(), 3), who=scope[WHO], operation=operation, patient=patient, outcome=outcome)
+        )
 
 
 class BodyLimit:

@@ -208,10 +208,10 @@ def _session(onnx_bytes: bytes, threads: int) -> Any:
 def _run(session: Any, x: Float32, last: Float32) -> tuple[Float32, Float32]:
     inputs = {"x": np.ascontiguousarray(x, np.float32), "last": np.ascontiguousarray(last, np.float32)}
     forecast, quantiles = session.run(["forecast", "quantiles"], inputs)
-    shapes = (len(x), len(HORIZON_MINUTES)), (len(x), len(HORIZON_MINUTES), len(QUANTILES))
-    clipped = (np.clip(a, SENSOR_MIN_MG_DL, SENSOR_MAX_MG_DL) for a in (forecast, quantiles))
-    first, second = (a.astype(np.float32).reshape(shape) for a, shape in zip(clipped, shapes, strict=True))
-    return first, second
+    # Both come as float32 of these shapes; checked all the same, because everything behind here relies on it.
+    if forecast.shape != (len(x), len(HORIZON_MINUTES)) or quantiles.shape != (*forecast.shape, len(QUANTILES)):
+        raise ValueError("the model's outputs have other shapes than a forecaster's")
+    return forecast.clip(SENSOR_MIN_MG_DL, SENSOR_MAX_MG_DL), quantiles.clip(SENSOR_MIN_MG_DL, SENSOR_MAX_MG_DL)
 
 
 def _npz(weights: Float32) -> bytes:

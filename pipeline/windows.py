@@ -8,6 +8,7 @@ only; where there is none the mask is False.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -246,13 +247,22 @@ def history_features(time_s: Int64, glucose_mg_dl: Float32, spec: WindowSpec) ->
     numbers.
     """
     times = np.asarray(time_s, dtype=np.int64)
-    if len(times) == 0 or len(times) != len(glucose_mg_dl) or np.any(np.diff(times) <= 0):
+    if len(times) == 0 or len(times) != len(glucose_mg_dl) or not bool((times[1:] > times[:-1]).all()):
         raise ValueError("need at least one reading, with strictly increasing times")
-    glucose = np.clip(np.asarray(glucose_mg_dl, dtype=np.float32), SENSOR_MIN_MG_DL, SENSOR_MAX_MG_DL)
+    glucose = np.asarray(glucose_mg_dl, dtype=np.float32).clip(SENSOR_MIN_MG_DL, SENSOR_MAX_MG_DL)
     row = np.array([len(times) - 1], dtype=np.int64)
     value, age_s, last = _carried(times, glucose, row, np.zeros(1, dtype=np.int64), spec)
-    day = _day_before(times, glucose, np.zeros(len(times), dtype=np.int64))
-    return _features(value, age_s, last, day[row]), last
+    return _features(value, age_s, last, _day_of_last(times, glucose)), last
+
+
+def _day_of_last(times: Int64, glucose: Float32) -> Float32:
+    """float32[1,3]: _day_before of the newest reading alone."""
+    oldest = int(times.searchsorted(times[-1] - _DAY_SECONDS, side="right"))
+    centred = glucose[oldest:].astype(np.float64) - _LEVEL_CENTRE_MG_DL
+    mean = float(centred.sum()) / len(centred)
+    variance = max(float(centred @ centred) / len(centred) - mean * mean, 0.0)
+    covered = float(times[-1] - times[oldest]) / _DAY_SECONDS
+    return np.array([[mean + _LEVEL_CENTRE_MG_DL, math.sqrt(variance), covered]], dtype=np.float32)
 
 
 def _global_key(series: Series, spec: WindowSpec) -> Int64:

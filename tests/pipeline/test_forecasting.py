@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from data_schemas.forecast import Forecast, NoForecast
 from data_schemas.plan import ModelSpec
-from pipeline.forecasting import Float32, Float64, Int64, make_forecast, probabilities_below
+from pipeline.forecasting import Float32, Float64, Int64, make_forecast, probabilities_below, reason_against
 from pipeline.model_card import CardPrivacy, ModelCard, TrainedOn
+from pipeline.windows import Series, WindowSpec, cut_windows, history_features
 
 NOW = 1_700_000_000.0
 SPREAD = np.array([-20.0, -8.0, 0.0, 8.0, 20.0], np.float32)
@@ -186,3 +187,40 @@ def test_probability_agrees_with_each_quantile() -> None:
     levels = np.array([[80.0, 95.0, 110.0, 130.0, 170.0]])
     found = [probabilities_below(q, levels)[0] for q in levels[0]]
     np.testing.assert_allclose(found, [0.05, 0.25, 0.5, 0.75, 0.95], atol=1e-6)
+
+
+@given(
+    steps=st.lists(st.integers(60, 2400), min_size=0, max_size=60),
+    moves=st.lists(st.floats(-60, 60), min_size=61, max_size=61),
+)
+def test_enough_history_is_the_rule_of_training(steps: list[int], moves: list[float]) -> None:
+    """A forecast is refused for its history exactly where training would not have cut a window."""
+    times = np.cumsum([1_700_000_000, *steps]).astype(np.int64)
+    glucose = np.clip(150 + np.cumsum(moves[: len(times)]), 45, 395).astype(np.float32)
+    spec = WindowSpec(history_minutes=180)
+    series = Series(("one",), np.array([0, len(times)], dtype=np.int64), times, glucose)
+    anchors = cut_windows(series, spec, need_target=False).anchors
+    would_cut = len(anchors) > 0 and anchors[-1] == len(times) - 1
+    told = reason_against(times, glucose, float(times[-1]), spec)
+    assert (told == NoForecast.TOO_LITTLE_HISTORY) == (not would_cut)
+
+
+@given(count=st.integers(1, 700), seed=st.integers(0, 99))
+def test_serving_sees_what_training_saw(count: int, seed: int) -> None:
+    """history_features gives the numbers that windows.gather gives for the same reading."""
+    draw = np.random.default_rng(seed)
+    times = np.cumsum(draw.integers(200, 400, count)).astype(np.int64) + 1_700_000_000
+    glucose = draw.uniform(60, 300, count).astype(np.float32)
+    spec = WindowSpec(history_minutes=180)
+    series = Series(("one",), np.array([0, count], dtype=np.int64), times, glucose)
+    batch = cut_windows(series, spec, need_target=False).gather(np.array([count - 1], dtype=np.int64))
+    x, last = history_features(times, glucose, spec)
+    np.testing.assert_allclose(x, batch.x, atol=1e-5)
+    np.testing.assert_array_equal(last, batch.last)
+
+
+def test_80_percent_interval_lies_between_its_neighbours() -> None:
+    """p10 and p90 lie a quarter of the way from 5 to 25% and from 95 to 75%."""
+    point = forecast(*readings(40)).points[0]
+    assert point.p10 == pytest.approx(point.p05 + 0.25 * (point.p25 - point.p05), abs=0.06)
+    assert point.p90 == pytest.approx(point.p95 - 0.25 * (point.p95 - point.p75), abs=0.06)

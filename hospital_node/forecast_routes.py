@@ -1,0 +1,135 @@
+"""Routes that forecast, and those that tell how the node is. Annotations are evaluated: FastAPI reads them."""
+
+from datetime import datetime
+from typing import Annotated
+
+import numpy as np
+from fastapi import FastAPI, Query, Request, Response
+from fastapi.responses import PlainTextResponse
+from pydantic import AwareDatetime, Field, StringConstraints
+from starlette.exceptions import HTTPException
+from starlette.routing import Route
+
+from data_schemas.forecast import Forecast, GlucoseUnit, NoForecast
+from data_schemas.frozen import Frozen
+from data_schemas.units import MG_DL_PER_MMOL_L
+from hospital_node.access import to_read
+from hospital_node.problems import Declined
+from hospital_node.services import BEARER, Services, described, json_answer, problems, read_body
+from pipeline.forecasting import Float32, Int64, make_forecast
+from pipeline.model_card import ModelCard
+
+Pseudonym = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]{1,128}$")]
+
+
+class Reading(Frozen):
+    """One sensor reading: its moment, with a UTC offset, and glucose in the unit of the request."""
+
+    at: AwareDatetime
+    glucose: float = Field(gt=0)
+
+
+class ForecastRequest(Frozen):
+    """Readings of one person. They are used for the answer and not stored."""
+
+    readings: tuple[Reading, ...] = Field(min_length=1, max_length=2000)
+    units: GlucoseUnit
+
+
+class Ready(Frozen):
+    """The model that answers."""
+
+    model_version: str
+    model_hash: str
+
+
+def add_forecast_routes(app: FastAPI, services: Services) -> None:
+    """Add the forecast from sent and from stored readings."""
+
+    @app.post(
+        "/v1/forecast",
+        response_model=Forecast,
+        responses=problems(401, 403, 409, 413, 415, 422, 429, 503),
+        operation_id="forecast",
+        openapi_extra=described(ForecastRequest, BEARER),
+    )
+    async def forecast(request: Request) -> Response:
+        """Forecast from the readings sent; nothing is stored."""
+        if not services.guard.bearer(request).reads:
+            raise HTTPException(403, "This credential may not read.")
+        body = await read_body(request, ForecastRequest)
+        time_s, glucose = arrays(body)
+        made = make_forecast(services.served.model(), time_s, glucose, services.clock(), body.units)
+        return json_answer(or_declined(made))
+
+    # The same function once more, in front and without FastAPI's dependency solving, which it does not use.
+    app.router.routes.insert(0, Route("/v1/forecast", forecast, methods=["POST"], include_in_schema=False))
+
+    @app.get(
+        "/v1/patients/{pseudonym}/forecast",
+        response_model=Forecast,
+        responses=problems(401, 403, 404, 409, 422, 429, 503),
+        operation_id="stored_forecast",
+        openapi_extra=described(security=BEARER),
+    )
+    async def stored_forecast(
+        request: Request,
+        pseudonym: Pseudonym,
+        units: GlucoseUnit = "mg/dL",
+        as_of: Annotated[
+            AwareDatetime | None,
+            Query(
+                description="Replay: answer as at this past moment. Later readings are hidden; the answer repeats it."
+            ),
+        ] = None,
+    ) -> Response:
+        """Forecast from the readings the node holds."""
+        to_read(services.guard.bearer(request), pseudonym)
+        model, now_s = services.served.model(), services.clock()
+        as_of_s = None if as_of is None else as_of.timestamp()
+        if as_of_s is not None and as_of_s > now_s:
+            raise HTTPException(422, "`as_of` must not lie in the future.")
+        time_s, glucose = await services.stored(pseudonym)
+        return json_answer(or_declined(make_forecast(model, time_s, glucose, now_s, units, as_of_s=as_of_s)))
+
+
+def add_status_routes(app: FastAPI, services: Services) -> None:
+    """Add what needs no credential: it tells about the node and its model, never about a person."""
+
+    @app.get("/v1/model-card", responses=problems(503), operation_id="model_card")
+    async def model_card() -> ModelCard:
+        """Return the card of the model that answers: training, privacy, results, limits."""
+        return services.served.model().card
+
+    @app.get("/healthz", operation_id="healthz")
+    async def healthz() -> dict[str, str]:
+        """Tell that the process runs."""
+        return {"status": "ok"}
+
+    @app.get("/readyz", responses=problems(503), operation_id="readyz")
+    async def readyz() -> Ready:
+        """Tell that a verified model is loaded."""
+        model = services.served.model()
+        return Ready(model_version=model.card.version, model_hash=model.model_hash)
+
+    @app.get("/metrics", response_class=PlainTextResponse, operation_id="metrics")
+    async def metrics() -> PlainTextResponse:
+        """Prometheus counters; no reading and no pseudonym is in them."""
+        model = services.served.find()
+        labels = None if model is None else (model.card.version, model.model_hash)
+        more = {"islet_models_refused_total": services.served.refused, "islet_audit_lost_total": services.audit.lost}
+        return PlainTextResponse(services.traffic.metrics(labels, more), media_type="text/plain; version=0.0.4")
+
+
+def arrays(body: ForecastRequest) -> tuple[Int64, Float32]:
+    """Epoch seconds int64[N] and mg/dL float32[N]."""
+    factor = 1.0 if body.units == "mg/dL" else MG_DL_PER_MMOL_L
+    moments = [datetime.timestamp(r.at) // 1 for r in body.readings]
+    return np.array(moments, dtype=np.int64), np.array([r.glucose * factor for r in body.readings], dtype=np.float32)
+
+
+def or_declined(answer: Forecast | NoForecast) -> Forecast:
+    """Return the forecast, or raise the reason against it."""
+    if isinstance(answer, NoForecast):
+        raise Declined(answer)
+    return answer
