@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from benchmarks.measuring import fresh_process, interleaved, table
 from pipeline.book_keeping import Book, add_clipped_gradients, parts_of
 from pipeline.gate_tap import GateTap, last_hidden_recorded
-from pipeline.private_training import PatientOptimizer
 from pipeline.noise import SeededNoise
+from pipeline.private_training import PatientOptimizer
 
 STEPS, FEATURES, OUTPUTS = 48, 4, 12
 CLIP, NOISE = 1.0, 1.0
@@ -79,7 +79,7 @@ class Stack(nn.Module):
 
 
 def data(shape: Shape) -> tuple[Tensor, Tensor]:
-    """x [k,P,T,F] and targets [k,P,12]."""
+    """X [k,P,T,F] and targets [k,P,12]."""
     draw = torch.Generator().manual_seed(0)
     return (
         torch.randn(shape.k, shape.patients, STEPS, FEATURES, generator=draw),

@@ -3,7 +3,8 @@
     python -m benchmarks.serving [--requests N] [--mlflow] [--soak N]
 
 Each server runs in a process of its own with one worker on loopback. Latency: one connection, the next request goes
-when the answer is there. Throughput: eight connections, each with a request under way. Servers take turns, several rounds,
+when the answer is there. Throughput: eight connections, each with a request under way. Servers take turns, several
+rounds,
 so that a busy machine is busy for all. CPU time of the server's processes per request tells what throughput one core
 can give, and other programs on the machine change it least.
 
