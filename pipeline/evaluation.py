@@ -15,19 +15,7 @@ import numpy.typing as npt
 
 from data_schemas.units import HORIZON_MINUTES
 from pipeline.error_grids import ZONE_NAMES, clarke_zones, parkes_zones
-from pipeline.scored import (
-    Bool,
-    FloatArray,
-    Int64,
-    Scored,
-    concat,
-    coverage_curve,
-    level_at,
-    score_windows,
-    surely_beyond,
-)
-
-__all__ = ["Evaluation", "Scored", "concat", "coverage_curve", "evaluate", "score_windows"]
+from pipeline.scored import Bool, FloatArray, Int64, Scored, level_at, surely_beyond
 
 _Zones: TypeAlias = dict[int, tuple[Int64, Int64]]
 SCORED_MINUTES = (15, 30, 45, 60)
