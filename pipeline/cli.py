@@ -21,7 +21,6 @@ from pipeline.cli_node import NodePath, node, say
 if TYPE_CHECKING:
     from hospital_node.budget import Cohort
     from hospital_node.folder import NodeFolder
-    from pipeline.export import LoadedModel
 
 app = typer.Typer(
     name="islet",
@@ -283,22 +282,13 @@ def backtest_command(
 ) -> None:
     """Forecast a file of past readings, each forecast from what was known when it was issued."""
     from pipeline.backtest import backtest
+    from pipeline.demo import load_any
 
     started = time.monotonic()
-    summary = backtest(readings, _load(model), out, zone, stride_minutes=stride_minutes, progress=_bar())
+    summary = backtest(readings, load_any(model), out, zone, stride_minutes=stride_minutes, progress=_bar())
     skipped = ", ".join(f"{count:,} {reason}" for reason, count in summary.skipped.items()) or "none"
     say(f"{summary.readings:,} readings of {summary.patients:,} patients, {summary.forecasts:,} forecasts "
         f"in {time.monotonic() - started:.0f} s; skipped rows: {skipped}")  # fmt: skip
-
-
-def _load(model: str) -> LoadedModel:
-    from pipeline.export import load_model
-
-    if model.startswith("models:/"):
-        from aggregator.registry import load_exported
-
-        return load_model(load_exported(model, Path.cwd()), threads=2)
-    return load_model(Path(model), threads=2)
 
 
 def _bar() -> Callable[[float], None]:
@@ -330,11 +320,11 @@ def evaluate_command(
 ) -> None:
     """Score a model beside every baseline, on people nobody trained on."""
     from pipeline.assessment import Request, assess
-    from pipeline.demo import windows_of_nodes
+    from pipeline.demo import load_any, windows_of_nodes
 
     if bool(readings) == bool(nodes):
         raise BadInput("give readings or nodes", "use --readings FILE for files, or --nodes FOLDER for local nodes")
-    loaded = _load(model) if model else None
+    loaded = load_any(model) if model else None
     sites = {} if not nodes else windows_of_nodes(nodes, loaded.spec.history_minutes if loaded else 120)
     say(assess(Request(loaded, tuple(readings or ()), sites, protocol, out, zone), say))
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from data_schemas.ledger import CreditEntry, MemberEntry
     from data_schemas.reading import QualityReport
     from pipeline.comparison import Cohort
+    from pipeline.export import LoadedModel
     from pipeline.windows import Windows
 
 Say = Callable[[str], None]
@@ -218,6 +219,17 @@ def _cohort(home: Path, history_minutes: int) -> Cohort:
     with NodeFolder.open(home) as node:
         training, heldout = training_windows(node, history_minutes), held_out_windows(node, history_minutes)
         return Cohort(node.settings.name, training, heldout)
+
+
+def load_any(model: str) -> LoadedModel:
+    """Load an exported model from its folder, or by its name in this folder's registry."""
+    from pipeline.export import load_model
+
+    if model.startswith("models:/"):
+        from aggregator.registry import load_exported
+
+        return load_model(load_exported(model, Path.cwd()), threads=2)
+    return load_model(Path(model), threads=2)
 
 
 def windows_of_nodes(homes: Sequence[Path], history_minutes: int) -> dict[str, tuple[Windows, Windows]]:

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from data_schemas.units import HORIZON_MINUTES, QUANTILES
+from data_schemas.units import HORIZON_MINUTES
 from pipeline.error_grids import ZONE_NAMES, clarke_zones, parkes_zones
-from pipeline.scored import Bool, Int64, Scored, concat, level_at, score_windows
+from pipeline.scored import Bool, FloatArray, Int64, Scored, level_at, surely_beyond
 
-__all__ = ["Evaluation", "Scored", "concat", "coverage_curve", "evaluate", "score_windows"]
-
+_Zones: TypeAlias = dict[int, tuple[Int64, Int64]]
 SCORED_MINUTES = (15, 30, 45, 60)
 GRID_MINUTES_AHEAD = (30, 60)
 EVENT_MINUTES = 30
@@ -116,6 +116,7 @@ class GroupScore:
     grids: tuple[GridScore, ...]
     intervals: tuple[IntervalScore, ...]
     events: tuple[EventScore, ...]
+    events_by_probability: tuple[EventScore, ...]
 
     def at(self, horizon_minutes: int) -> HorizonScore:
         """Point errors at one of the scored horizons."""
@@ -184,17 +185,24 @@ class Evaluation:
 def evaluate(scored: Scored) -> Evaluation:
     """Every score of one model."""
     zones = _zones(scored)
+    chances = _by_probability(scored)
     every = np.arange(len(scored.last))
     person = scored.person
     return Evaluation(
-        pooled=_group("pooled", scored, every, zones),
-        sites=tuple(_group(n, scored, np.flatnonzero(scored.site == i), zones) for i, n in enumerate(scored.sites)),
-        sensors=tuple(_group(f"{m}-minute sensors", scored, rows, zones) for m, rows in _by_sensor(scored)),
+        pooled=_group("pooled", scored, every, zones, chances),
+        sites=tuple(
+            _group(n, scored, np.flatnonzero(scored.site == i), zones, chances) for i, n in enumerate(scored.sites)
+        ),
+        sensors=tuple(_group(f"{m}-minute sensors", scored, rows, zones, chances) for m, rows in _by_sensor(scored)),
         ranges=tuple(_range(scored, h, *r) for h in GRID_MINUTES_AHEAD for r in RANGES),
         lags=tuple(_lag(scored, h) for h in SCORED_MINUTES),
         mean_over_sites=tuple(_mean_over_groups(scored, scored.site, h) for h in SCORED_MINUTES),
         mean_over_people=tuple(_mean_over_groups(scored, person, h) for h in SCORED_MINUTES),
     )
+
+
+def _by_site(scored: Scored) -> list[tuple[str, Int64]]:
+    return [(name, np.flatnonzero(scored.site == i)) for i, name in enumerate(scored.sites)]
 
 
 def _by_sensor(scored: Scored) -> list[tuple[int, Int64]]:
@@ -203,7 +211,7 @@ def _by_sensor(scored: Scored) -> list[tuple[int, Int64]]:
     return [(int(m), np.flatnonzero(scored.sensor_minutes == m)) for m in np.unique(scored.sensor_minutes)]
 
 
-def _zones(scored: Scored) -> dict[int, tuple[Int64, Int64]]:
+def _zones(scored: Scored) -> _Zones:
     """Clarke and Parkes zone of every row at the horizons of the grids, computed once for all groups."""
     columns = {h: HORIZON_MINUTES.index(h) for h in GRID_MINUTES_AHEAD}
     return {
@@ -212,17 +220,9 @@ def _zones(scored: Scored) -> dict[int, tuple[Int64, Int64]]:
     }
 
 
-def coverage_curve(scored: Scored, horizon_minutes: int) -> tuple[tuple[float, float], ...]:
-    """(nominal level, observed share of truths at or below that quantile) for each of the five quantiles."""
-    if scored.quantiles is None:
-        raise ValueError("this model has no quantiles")
-    column = HORIZON_MINUTES.index(horizon_minutes)
-    keep = scored.mask[:, column]
-    below = scored.truth[keep, column, None] <= scored.quantiles[keep, column]
-    return tuple((q, _mean(below[:, k])) for k, q in enumerate(QUANTILES))
-
-
-def _group(name: str, scored: Scored, rows: Int64, zones: dict[int, tuple[Int64, Int64]]) -> GroupScore:
+def _group(
+    name: str, scored: Scored, rows: Int64, zones: dict[int, tuple[Int64, Int64]], chances: list[Bool]
+) -> GroupScore:
     part = scored if len(rows) == len(scored.last) else scored.take(rows)
     return GroupScore(
         name=name,
@@ -230,8 +230,9 @@ def _group(name: str, scored: Scored, rows: Int64, zones: dict[int, tuple[Int64,
         issue_points=len(part.last),
         horizons=tuple(_horizon(part, h) for h in SCORED_MINUTES),
         grids=tuple(_grid(part, h, tuple(z[rows] for z in zones[h])) for h in GRID_MINUTES_AHEAD),
-        intervals=tuple(_interval(part, h, i) for h in SCORED_MINUTES for i in INTERVALS if part.quantiles is not None),
-        events=tuple(_event(part, *event) for event in EVENTS),
+        intervals=tuple(i for h in SCORED_MINUTES for i in _intervals(part, h)),
+        events=tuple(_event(part, _by_forecast(part, *e[1:]), *e) for e in EVENTS),
+        events_by_probability=tuple(_event(part, c[rows], *e) for c, e in zip(chances, EVENTS, strict=False)),
     )
 
 
@@ -261,12 +262,16 @@ def _grid(scored: Scored, horizon_minutes: int, zones: tuple[Int64, ...]) -> Gri
     return GridScore(horizon_minutes, pairs, *shares)
 
 
-def _interval(scored: Scored, horizon_minutes: int, nominal: float) -> IntervalScore:
-    assert scored.quantiles is not None  # noqa: S101 - the caller asks only where there are quantiles
+def _intervals(scored: Scored, horizon_minutes: int) -> list[IntervalScore]:
+    if scored.quantiles is None:
+        return []
     column = HORIZON_MINUTES.index(horizon_minutes)
     keep = scored.mask[:, column]
-    truth = scored.truth[keep, column].astype(np.float64)
-    levels = scored.quantiles[keep, column]
+    truth, levels = scored.truth[keep, column], np.ascontiguousarray(scored.quantiles[keep, column].T).T
+    return [_interval(truth, levels, horizon_minutes, nominal) for nominal in INTERVALS]
+
+
+def _interval(truth: FloatArray, levels: FloatArray, horizon_minutes: int, nominal: float) -> IntervalScore:
     ends = [(q, level_at(levels, q)) for q in (round((1 - nominal) / 2, 6), round((1 + nominal) / 2, 6))]
     (_, lower), (_, upper) = ends
     losses = [_mean(np.maximum(q * (d := truth - end), (q - 1) * d)) for q, end in ends]
@@ -308,12 +313,25 @@ def _lag(scored: Scored, horizon_minutes: int) -> LagScore:
     return LagScore(horizon_minutes, int(keep.sum()), float(step * int(np.argmin(misfit))))
 
 
-def _event(scored: Scored, name: str, threshold: float, sign: float) -> EventScore:
+def _by_forecast(scored: Scored, threshold: float, sign: float) -> Bool:
+    """bool[B]: the point forecast is beyond the threshold at some horizon up to 30 minutes."""
+    near = HORIZON_MINUTES.index(EVENT_MINUTES) + 1
+    return _any((scored.forecast[:, :near] - threshold) * sign > 0)
+
+
+def _by_probability(scored: Scored) -> list[Bool]:
+    """bool[B] for each of EVENTS: its probability reaches ALARM_PROBABILITY within 30 min; none without quantiles."""
+    near = HORIZON_MINUTES.index(EVENT_MINUTES) + 1
+    quantiles = scored.quantiles
+    return [] if quantiles is None else [_any(surely_beyond(quantiles[:, :near], t, g)) for _, t, g in EVENTS]
+
+
+def _event(scored: Scored, alerted: Bool, name: str, threshold: float, sign: float) -> EventScore:
     near = HORIZON_MINUTES.index(EVENT_MINUTES) + 1
     counts = _any(scored.mask[:, :near])
     beyond: Bool = ((scored.truth[:, :near] - threshold) * sign > 0) & scored.mask[:, :near]
     event = _any(beyond[counts])
-    alert = _any((scored.forecast[counts, :near] - threshold) * sign > 0)
+    alert = alerted[counts]
     fresh: Bool = (scored.last[counts] - threshold) * sign <= 0
     hits, events, alerts = int((event & alert).sum()), int(event.sum()), int(alert.sum())
     onsets, onset_hits = int((event & fresh).sum()), int((event & alert & fresh).sum())

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from data_schemas.units import HORIZON_MINUTES
-from pipeline.scored import Bool, FloatArray, Int64, Scored, probability_beyond
+from pipeline.scored import Bool, FloatArray, Int64, Scored, surely_beyond
 from pipeline.windows import Series
 
 # (name, threshold in mg/dL, -1 for below and +1 for above)
@@ -119,13 +119,12 @@ def alarms_by_forecast(scored: Scored, threshold_mg_dl: float, sign: float) -> B
     return found
 
 
-def alarms_by_probability(scored: Scored, threshold_mg_dl: float, sign: float, at_least: float) -> Bool:
-    """bool[B]: the quantiles give the threshold's crossing at least this probability at some horizon up to 30 min."""
+def alarms_by_probability(scored: Scored, threshold_mg_dl: float, sign: float) -> Bool:
+    """bool[B]: the chance to be beyond the threshold reaches ALARM_PROBABILITY at some horizon up to 30 minutes."""
     if scored.quantiles is None:
         raise ValueError("this model has no quantiles")
     near = HORIZON_MINUTES.index(ALARM_MINUTES) + 1
-    chance = probability_beyond(scored.quantiles[:, :near], threshold_mg_dl, sign)
-    found: Bool = chance.max(axis=1) >= at_least
+    found: Bool = np.logical_or.reduce(surely_beyond(scored.quantiles[:, :near], threshold_mg_dl, sign), axis=1)
     return found
 
 

@@ -11,8 +11,9 @@ from data_schemas.plan import ModelSpec
 from data_schemas.units import HORIZON_MINUTES
 from pipeline import plots
 from pipeline.comparison import COLUMNS, Cohort, Comparison, lstm, quick_rmse_30
-from pipeline.evaluation import SCORED_MINUTES, coverage_curve
+from pipeline.evaluation import SCORED_MINUTES
 from pipeline.report import CreditRow, Illustration
+from pipeline.scored import coverage_curve
 from pipeline.windows import Float32
 
 EXAMPLES = 3

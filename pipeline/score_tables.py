@@ -14,9 +14,10 @@ import numpy as np
 
 from data_schemas.units import HORIZON_MINUTES
 from pipeline.error_grids import ZONE_NAMES
-from pipeline.evaluation import SCORED_MINUTES, coverage_curve
+from pipeline.evaluation import SCORED_MINUTES
 from pipeline.plots import Example, Picture, calibration, error_grid, forecast_examples, rmse_by_horizon, rmse_by_range
-from pipeline.scorecard import ALARM_PROBABILITY, Scorecard
+from pipeline.scorecard import Scorecard
+from pipeline.scored import ALARM_PROBABILITY, coverage_curve
 
 Table: TypeAlias = tuple[str, list[str], list[list[str]]]
 _STYLE = (
@@ -54,6 +55,7 @@ def tables(card: Scorecard) -> list[Table]:
         _people(card),
         _zone_table(card),
         _interval_table(card),
+        _point_table(card),
         _episode_table(card),
         _range_table(card),
     ]
@@ -138,6 +140,35 @@ def _episode_table(card: Scorecard) -> Table:
         for e in found
     ]
     return "Episodes of at least 15 minutes, announced up to 30 minutes before", names, rows
+
+
+def _point_table(card: Scorecard) -> Table:
+    names = [
+        "model, alarm, event",
+        "events",
+        "recall %",
+        "precision %",
+        "F1 %",
+        "new events",
+        "recall %",
+        "precision %",
+    ]
+    rows = [
+        [
+            f"{label}, {rule}, {e.name}",
+            str(e.events),
+            *(_n(100 * share, 1) for share in (e.recall, e.precision, e.f1)),
+            str(e.onset_events),
+            *(_n(100 * share, 1) for share in (e.onset_recall, e.onset_precision)),
+        ]
+        for label, c in card.cards.items()
+        for rule, found in (
+            ("point", c.evaluation.pooled.events),
+            (f"P>={ALARM_PROBABILITY:g}", c.evaluation.pooled.events_by_probability),
+        )
+        for e in found
+    ]
+    return "Lows (< 70) and highs (> 180) within 30 minutes, over issue points", names, rows
 
 
 def _range_table(card: Scorecard) -> Table:

@@ -31,8 +31,6 @@ from pipeline.scored import Bool, Predict, Scored, concat, score_windows
 from pipeline.windows import Batch, Float32, Series, Windows
 
 FOLDS = 5
-# Chosen on validation people, see docs/forecaster.md: rings earlier and more often than the point forecast does.
-ALARM_PROBABILITY = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,11 +151,7 @@ def score(
 
 
 def _card(scored: Scored, series: Mapping[str, Series]) -> Card:
-    by_chance = (
-        _alarms(scored, series, lambda s, t, g: alarms_by_probability(s, t, g, ALARM_PROBABILITY))
-        if scored.quantiles is not None
-        else ()
-    )
+    by_chance = _alarms(scored, series, alarms_by_probability) if scored.quantiles is not None else ()
     return Card(evaluate(scored), _alarms(scored, series, alarms_by_forecast), by_chance)
 
 

@@ -20,6 +20,9 @@ Predict: TypeAlias = Callable[[Batch], tuple[FloatArray, FloatArray | None]]
 
 # A person whose readings typically lie closer than this has a five-minute sensor; the others read about every 15.
 FIVE_MINUTE_SENSOR_BELOW_S = 450
+# A low or high is announced when the quantiles give it this chance. Chosen on validation people, so that three of four
+# lows are announced within 30 minutes; see docs/forecaster.md.
+ALARM_PROBABILITY = 0.25
 _BATCH = 4096
 _Z = np.array([NormalDist().inv_cdf(q) for q in QUANTILES])
 
@@ -131,6 +134,16 @@ def concat(parts: Sequence[Scored]) -> Scored:
     )
 
 
+def coverage_curve(scored: Scored, horizon_minutes: int) -> tuple[tuple[float, float], ...]:
+    """(nominal level, observed share of truths at or below that quantile) for each of the five quantiles."""
+    if scored.quantiles is None:
+        raise ValueError("this model has no quantiles")
+    column = HORIZON_MINUTES.index(horizon_minutes)
+    keep = scored.mask[:, column]
+    below = scored.truth[keep, column, None] <= scored.quantiles[keep, column]
+    return tuple((q, float(below[:, k].mean())) for k, q in enumerate(QUANTILES))
+
+
 def level_at(quantiles: FloatArray, q: float) -> FloatArray:
     """Quantile q from float[...,5]: the stored one, or between its neighbours in proportion to normal scores.
 
@@ -142,6 +155,16 @@ def level_at(quantiles: FloatArray, q: float) -> FloatArray:
     share = (z - _Z[k]) / (_Z[k + 1] - _Z[k])
     lower, upper = quantiles[..., k], quantiles[..., k + 1]
     return lower if share == 0 else upper if share == 1 else lower + share * (upper - lower)
+
+
+def surely_beyond(quantiles: FloatArray, threshold_mg_dl: float, sign: float) -> Bool:
+    """bool[...]: whether P(beyond the threshold) reaches ALARM_PROBABILITY, from quantiles float[...,5].
+
+    That level is a stored quantile, so the quantile itself is compared with the threshold.
+    """
+    level = QUANTILES.index(ALARM_PROBABILITY if sign < 0 else 1 - ALARM_PROBABILITY)
+    found: Bool = (quantiles[..., level] - threshold_mg_dl) * sign > 0
+    return found
 
 
 def probability_beyond(quantiles: FloatArray, threshold_mg_dl: float, sign: float) -> FloatArray:

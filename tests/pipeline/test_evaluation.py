@@ -10,8 +10,8 @@ import pytest
 
 from data_schemas.units import HORIZON_MINUTES, QUANTILES
 from pipeline.error_grids import clarke_zones, parkes_zones
-from pipeline.evaluation import coverage_curve, evaluate
-from pipeline.scored import Scored, concat, level_at, score_windows
+from pipeline.evaluation import evaluate
+from pipeline.scored import Scored, concat, coverage_curve, level_at, score_windows
 from pipeline.windows import Batch, Series, WindowSpec, cut_windows
 
 

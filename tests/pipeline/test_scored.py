@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from data_schemas.units import QUANTILES
-from pipeline.scored import level_at, probability_beyond
+from pipeline.scored import ALARM_PROBABILITY, level_at, probability_beyond, surely_beyond
 
 NORMAL = NormalDist(120, 25)
 LEVELS = np.array([[NORMAL.inv_cdf(q) for q in QUANTILES]])
@@ -33,3 +33,14 @@ def test_probability_survives_quantiles_that_coincide() -> None:
     low = np.full((1, 5), 40.0)
     assert probability_beyond(low, 70.0, -1.0)[0] == pytest.approx(1.0, abs=1e-6)
     assert probability_beyond(low, 180.0, 1.0)[0] == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("threshold", [54.0, 70.0, 110.0, 130.0, 180.0])
+def test_alarms_by_probability_follow_the_probability(threshold: float) -> None:
+    """An alarm stands where P(beyond) is at least the stated level, and nowhere else."""
+    draw = np.random.default_rng(4)
+    levels = np.sort(draw.normal(120, 40, (500, 5)), axis=-1)
+    for sign in (-1.0, 1.0):
+        chance = probability_beyond(levels, threshold, sign)
+        clear = np.abs(chance - ALARM_PROBABILITY) > 1e-6
+        assert np.array_equal(surely_beyond(levels, threshold, sign)[clear], (chance >= ALARM_PROBABILITY)[clear])
