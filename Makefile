@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow lint bench lock clean
+.PHONY: demo test test-slow lint bench audit coverage lock clean
 
 .venv/installed: pyproject.toml requirements.lock
 	$(PYTHON) -m venv .venv
@@ -28,6 +28,22 @@ lint: .venv/installed
 bench: .venv/installed
 	$(BIN)/python -m benchmarks
 
+# Canary patients on the real training path and on planted bugs: a table, and a picture in audit-run/.
+audit: .venv/installed
+	$(BIN)/python -m benchmarks.audit audit-run
+
+# Every branch of what guards patients' privacy budget is taken by a test, or this fails.
+PRIVACY := pipeline/accounting.py,pipeline/auditing.py,pipeline/membership.py,pipeline/noise.py,\
+pipeline/private_training.py,hospital_node/budget.py,hospital_node/book_file.py,hospital_node/ceilings.py,\
+hospital_node/randomness.py,hospital_node/release.py,hospital_node/scores.py
+PRIVACY_TESTS := tests/privacy --ignore=tests/privacy/test_audit.py tests/pipeline/test_private_training.py tests/pipeline/test_auditing.py \
+	tests/pipeline/test_membership.py tests/pipeline/test_accounting.py tests/hospital_node/test_budget.py \
+	tests/hospital_node/test_local_round.py tests/hospital_node/test_scoring.py
+
+coverage: .venv/installed
+	$(BIN)/python -m coverage run --branch --include=$(PRIVACY) -m pytest -q $(PRIVACY_TESTS)
+	$(BIN)/python -m coverage report --show-missing --fail-under=100
+
 # The lock is what a new environment resolves to, torch without its local build tag.
 lock:
 	rm -rf .venv-lock
@@ -37,4 +53,4 @@ lock:
 	rm -rf .venv-lock
 
 clean:
-	rm -rf .venv build dist *.egg-info demo-run
+	rm -rf .venv build dist *.egg-info demo-run audit-run .coverage

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from pipeline.signing import PrivateKey
 
 Cohort = Literal["training", "heldout"]
+# Where a release's randomness came from; "not recorded" is what a row without it says.
+NoiseKind = Literal["secure", "seeded", "not recorded"]
 COHORTS: tuple[Cohort, ...] = ("training", "heldout")
 # More rounds than any plan may have; beyond it the answer is "practically without limit".
 MOST_ROUNDS = 10_000
@@ -53,7 +55,11 @@ class BudgetExhausted(IsletError):
 
 @dataclass(frozen=True)
 class Reservation:
-    """A release that is counted. epsilon_after: its cohort's total at `delta`; head: the book's right after it."""
+    """A release that is counted.
+
+    epsilon_after: its cohort's total at `delta`; head: the book's right after it; noise: "secure" is the operating
+    system's cryptographic generator, "seeded" can be repeated and protects nobody.
+    """
 
     task_id: str
     cohort: Cohort
@@ -64,6 +70,7 @@ class Reservation:
     at: str
     epsilon_after: float
     delta: float
+    noise: NoiseKind
     head: str
 
 
@@ -141,6 +148,7 @@ class BudgetBook:
         run: str,
         at: str,
         ceiling_epsilon: float,
+        noise: NoiseKind,
         delta: float = DELTA,
     ) -> Reservation | bytes:
         """Count a release before it is computed; on the disk when this returns.
@@ -169,6 +177,7 @@ class BudgetBook:
                 "at": at,
                 "epsilon_after": needed,
                 "delta": delta,
+                "noise": noise,
             },
             reply=None,
         )
@@ -202,6 +211,7 @@ class BudgetBook:
             return
         fields = {k: v for k, v in value.items() if k not in ("kind", "number", "event")}
         event = PrivacyEvent.model_validate(value["event"])
+        fields.setdefault("noise", "not recorded")
         self._reserved[value["task_id"]] = Reservation(**fields, event=event, head=mac.hex())
 
     def _last_mac(self) -> bytes:
@@ -260,7 +270,7 @@ def _render_cohort(book: BudgetBook, cohort: Cohort, ceiling: float) -> str:
 
 
 def _table(releases: Sequence[Reservation]) -> list[str]:
-    heads = ("at", "asked by", "run", "sample rate", "noise", "steps", "epsilon after", "unit, delta")
+    heads = ("at", "asked by", "run", "sample rate", "noise", "steps", "epsilon after", "unit, delta", "drawn")
     cells = [heads, *(_cells(row) for row in releases)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(heads))]
     return ["  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells]
@@ -277,4 +287,5 @@ def _cells(row: Reservation) -> tuple[str, ...]:
         str(event.steps),
         f"{row.epsilon_after:.3f}",
         f"{row.unit}, {row.delta:g}",
+        row.noise,
     )

@@ -21,7 +21,7 @@ from hospital_node.budget import BudgetBook, BudgetExhausted, Reservation
 from hospital_node.ceilings import Declined, check_training, require
 from hospital_node.cohorts import training_windows
 from hospital_node.folder import NodeFolder
-from hospital_node.randomness import noise_source
+from hospital_node.randomness import noise_kind, noise_source
 from pipeline.signing import write_durably
 
 if TYPE_CHECKING:
@@ -108,6 +108,7 @@ def _reserve(node: NodeFolder, book: BudgetBook, task: TrainTask, now_unix: floa
         run=task.run,
         at=utc_text(now_unix),
         ceiling_epsilon=node.settings.max_epsilon_training,
+        noise=noise_kind(node.settings, task.plan),
         delta=task.plan.privacy.delta,
     )
     if isinstance(reserved, bytes):

@@ -11,7 +11,13 @@ from hospital_node.ceilings import seeded
 from hospital_node.settings import NodeSettings
 
 if TYPE_CHECKING:
+    from hospital_node.budget import NoiseKind
     from pipeline.noise import NoiseSource
+
+
+def noise_kind(settings: NodeSettings, plan: TrainingPlan) -> NoiseKind:
+    """Name the source that noise_source gives, for the budget book."""
+    return "seeded" if seeded(settings, plan) else "secure"
 
 
 def noise_source(settings: NodeSettings, plan: TrainingPlan, run: str, purpose: str) -> NoiseSource:

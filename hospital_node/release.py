@@ -17,7 +17,7 @@ from hospital_node.budget import BudgetBook, BudgetExhausted, Reservation
 from hospital_node.ceilings import Declined, check_plan, check_release, require
 from hospital_node.folder import NodeFolder
 from hospital_node.local_round import spend_of, utc_text
-from hospital_node.randomness import noise_source
+from hospital_node.randomness import noise_kind, noise_source
 from pipeline.shapley import clip_rows
 
 _Z95 = 1.96
@@ -80,6 +80,7 @@ def _reserve(node: NodeFolder, book: BudgetBook, task: ReleaseTask, now_unix: fl
         run=task.run,
         at=utc_text(now_unix),
         ceiling_epsilon=node.settings.max_epsilon_heldout,
+        noise=noise_kind(node.settings, task.plan),
         delta=task.plan.privacy.delta,
     )
     if isinstance(reserved, bytes):

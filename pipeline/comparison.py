@@ -17,6 +17,8 @@ from pipeline.baselines import fit_ridge, linear, persistence, ridge
 from pipeline.evaluation import Evaluation, evaluate
 from pipeline.fitting import FitPlan, fit
 from pipeline.forecaster import Forecaster, ForecasterSpec, predict, unflatten
+from pipeline.membership import attack
+from pipeline.model_card import CardMembership
 from pipeline.report import ModelColumn, ResultRow
 from pipeline.scored import FloatArray, Predict, Scored, concat, score_windows
 from pipeline.windows import Batch, Float32, Windows
@@ -46,10 +48,11 @@ class Cohort:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Scores by model label, and our model's forecasts themselves for the pictures."""
+    """Scores by model label, our model's forecasts themselves for the pictures, and who can be told to be in it."""
 
     evaluations: dict[str, Evaluation]
     ours: Scored
+    membership: tuple[CardMembership, ...] = ()
 
 
 def fit_local(cohort: Cohort, start: Float32, spec: ModelSpec) -> Float32:
@@ -98,7 +101,21 @@ def compare(
     scored = {label: concat([score_windows(c.heldout, p, c.name) for c in cohorts]) for label, p in everywhere.items()}
     own = [score_windows(c.heldout, lstm(local[c.name], spec), c.name) for c in cohorts]
     scored["local-only"] = concat(own)
-    return Comparison({label: evaluate(s) for label, s in scored.items()}, scored[OURS])
+    membership = attacked(cohorts, spec, public, {OURS: federated, "pooled": pooled})
+    return Comparison({label: evaluate(s) for label, s in scored.items()}, scored[OURS], membership)
+
+
+def attacked(
+    cohorts: Sequence[Cohort], spec: ModelSpec, public: Float32, models: Mapping[str, Float32]
+) -> tuple[CardMembership, ...]:
+    """Membership inference on each model, everybody's training people against everybody's held-out people."""
+    shape = ForecasterSpec(hidden_size=spec.hidden_size)
+    inside, outside = [c.training for c in cohorts], [c.heldout for c in cohorts]
+    found = {label: attack(weights, public, shape, inside, outside) for label, weights in models.items()}
+    return tuple(
+        CardMembership(model=label, auc=m.auc, low=m.low, high=m.high, members=m.members, others=m.others)
+        for label, m in found.items()
+    )
 
 
 def rows(evaluations: Mapping[str, Evaluation]) -> tuple[ResultRow, ...]:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from aggregator.verification import VerifyReport
     from data_schemas.reading import QualityReport
     from pipeline.demo import RunRecord, Say, Stage
-    from pipeline.model_card import CardResult
+    from pipeline.model_card import CardMembership, CardResult
     from pipeline.windows import Float32
 
 
@@ -50,7 +50,7 @@ def finish(
 ) -> None:
     """Compare, export, publish, serve once, verify, and write what people look at."""
     compared = _compare(out, folder, cohorts, result, stage)
-    export_model(out / "model", folder, result, _card_results(compared))
+    export_model(out / "model", folder, result, _card_results(compared), compared.membership)
     stage(f"model {result.model_hash[:12]} exported to {out / 'model'}, ONNX equal to torch")
     verified = _verify(folder, nodes)
     stage(
@@ -122,7 +122,11 @@ def _card_results(compared: Comparison) -> tuple[CardResult, ...]:
 
 
 def export_model(
-    path: Path, folder: AggregatorFolder, result: FederationResult, results: tuple[CardResult, ...]
+    path: Path,
+    folder: AggregatorFolder,
+    result: FederationResult,
+    results: tuple[CardResult, ...],
+    membership: tuple[CardMembership, ...] = (),
 ) -> None:
     """Write the released model with its card."""
     from aggregator.governance import replay
@@ -130,18 +134,13 @@ def export_model(
     from pipeline.export import write_model
     from pipeline.model_card import CardPrivacy, ModelCard, TrainedOn
 
-    plan = folder.load_plan()
-    members = replay(read_entries(folder.path / "ledger.db")).members
+    plan, members = folder.load_plan(), replay(read_entries(folder.path / "ledger.db")).members
     card = ModelCard(
         version=result.run,
         model_hash=result.model_hash,
         spec=plan.model,
         trained_on=tuple(
-            TrainedOn(
-                node=name,
-                declared_training_patients=m.declared_training_patients,
-                declared_heldout_patients=m.declared_heldout_patients,
-            )
+            TrainedOn(node=name, **m.model_dump(include={"declared_training_patients", "declared_heldout_patients"}))
             for name, m in members.items()
         ),
         privacy=CardPrivacy(
@@ -152,6 +151,7 @@ def export_model(
             noise_source="secure" if plan.seed is None else "seeded",
         ),
         results=results,
+        membership=membership,
     )
     write_model(path, result.weights, plan.model, card)
 

@@ -77,6 +77,17 @@ class CardResult(Frozen):
     coverage_90_percent: float | None = Field(default=None, ge=0, le=100)
 
 
+class CardMembership(Frozen):
+    """A membership-inference attack on one model: area under its ROC curve and the 95% interval over people."""
+
+    model: str = Field(min_length=1)
+    auc: float = Field(ge=0, le=1)
+    low: float = Field(ge=0, le=1)
+    high: float = Field(ge=0, le=1)
+    members: int = Field(ge=1)
+    others: int = Field(ge=1)
+
+
 class ModelCard(Frozen):
     """A model version as its reader should know it; model_hash is the SHA-256 of the flat float32 weights."""
 
@@ -87,6 +98,7 @@ class ModelCard(Frozen):
     trained_on: tuple[TrainedOn, ...] = Field(min_length=1)
     privacy: CardPrivacy
     results: tuple[CardResult, ...] = ()
+    membership: tuple[CardMembership, ...] = ()
     intended_use: str = INTENDED_USE
     use: str = RESEARCH_LABEL
     limits: tuple[str, ...] = LIMITS
@@ -126,8 +138,8 @@ def privacy_statement(card: ModelCard) -> str:
 
 def to_markdown(card: ModelCard) -> str:
     """Write the card as a page of Markdown."""
-    parts = (_head(card), _privacy(card), _cohort(card), _results(card), _limits(card))
-    return "\n\n".join(parts) + "\n"
+    parts = (_head(card), _privacy(card), _membership(card), _cohort(card), _results(card), _limits(card))
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _head(card: ModelCard) -> str:
@@ -159,6 +171,22 @@ def _privacy(card: ModelCard) -> str:
         ("noise drawn from", _NOISE_WORDS[p.noise_source]),
     )
     return f"## Privacy\n\n{privacy_statement(card)}\n\n{_table(('statement', 'value'), rows)}"
+
+
+def _membership(card: ModelCard) -> str:
+    if not card.membership:
+        return ""
+    note = (
+        "An attacker with a person's readings, the model and its public start guesses whether the person was trained "
+        "on, from how much the model improved on that person. AUC 0.5 is a coin toss, 1 is certainty. A measured "
+        "attack is no bound; the epsilon above is."
+    )
+    head = ("model", "AUC", "95% interval", "trained on", "held out")
+    rows = tuple(
+        (m.model, f"{m.auc:.2f}", f"{m.low:.2f} to {m.high:.2f}", str(m.members), str(m.others))
+        for m in card.membership
+    )
+    return f"## Membership inference\n\n{note}\n\n{_table(head, rows)}"
 
 
 def _cohort(card: ModelCard) -> str:

@@ -35,7 +35,9 @@ def path(tmp_path: Path) -> Path:
 def reserve(
     book: BudgetBook, task: str, cohort: Cohort = "training", event: PrivacyEvent = EVENT, ceiling: float = 8.0
 ) -> Reservation | bytes:
-    return book.reserve(task, cohort, "patient", event, asked_by="trial", run="run-1", at=AT, ceiling_epsilon=ceiling)
+    return book.reserve(
+        task, cohort, "patient", event, asked_by="trial", run="run-1", at=AT, ceiling_epsilon=ceiling, noise="secure"
+    )
 
 
 def filled(path: Path, tasks: int = 4, reply_bytes: int = 20_000) -> BudgetBook:
@@ -320,4 +322,4 @@ def test_the_printed_book_says_what_was_spent_by_whom_and_what_is_left(path: Pat
     assert f"spent epsilon {reserved.epsilon_after:.3f} of 2" in text
     assert f"{book.rounds_left('training', EVENT, 2.0)} rounds left" in text
     row = next(line for line in text.splitlines() if AT in line)
-    assert all(part in row for part in ("trial", "run-1", f"{reserved.epsilon_after:.3f}", "patient, 1e-05"))
+    assert all(part in row for part in ("trial", "run-1", f"{reserved.epsilon_after:.3f}", "patient, 1e-05", "secure"))

@@ -1,0 +1,246 @@
+"""One test for each way in which training that looks private is not, as far as it applies here."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+
+from data_schemas.messages import Refusal, RefusalCode, SignedUpdate
+from data_schemas.plan import PrivacyEvent, TrainingPlan
+from data_schemas.units import DELTA
+from hospital_node import local_round
+from hospital_node.budget import epsilon
+from hospital_node.folder import NodeFolder
+from hospital_node.randomness import noise_kind, noise_source
+from pipeline.forecaster import Forecaster, ForecasterSpec, flatten
+from pipeline.noise import SecureNoise, SeededNoise
+from pipeline.private_training import LocalPlan, train_steps
+from pipeline.windows import Windows, cut_windows
+from tests.hospital_node.small_node import NOW, base_weights, fill, make_node, plan, settings, train_task
+from tests.privacy.cohort import cohort
+
+SPEC = ForecasterSpec(hidden_size=4)
+START = flatten(Forecaster(SPEC, seed=1))
+PLAN = LocalPlan(
+    steps=1,
+    learning_rate=5.0,
+    sample_rate=1.0,
+    noise_multiplier=0.0,
+    max_grad_norm=0.01,
+    windows_per_patient=8,
+)
+UNSEEDED = plan().model_copy(update={"seed": None})
+
+
+class Scripted:
+    """Chosen uniforms for who joins, the first window always, and noise of one everywhere or nowhere."""
+
+    def __init__(self, joins: npt.NDArray[np.float64] | None = None, noise: float = 0.0) -> None:
+        self.joins, self.noise, self.normals = joins, noise, 0
+
+    def normal(self, count: int) -> torch.Tensor:
+        """The same value in every coordinate."""
+        self.normals += count
+        return torch.full((count,), self.noise, dtype=torch.float64)
+
+    def uniform(self, count: int) -> torch.Tensor:
+        """Who joins where it was given, else zero."""
+        if self.joins is not None and count == len(self.joins):
+            return torch.from_numpy(self.joins)
+        return torch.zeros(count, dtype=torch.float64)
+
+
+def moved(
+    windows: Windows, changed: LocalPlan = PLAN, declared: int = 4, source: Any = None
+) -> npt.NDArray[np.float64]:
+    delta = train_steps(START, SPEC, windows, changed, declared, source or Scripted()).delta
+    return delta.astype(np.float64)
+
+
+def only(windows: Windows, *people: int) -> Windows:
+    return cut_windows(windows.series.select([windows.series.patients[p] for p in people]), windows.spec)
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Path:
+    path = make_node(tmp_path / "north", seed=None)
+    fill(path, patients=14)
+    return path
+
+
+def train(path: Path, asked: TrainingPlan, **changes: Any) -> tuple[SignedUpdate, npt.NDArray[np.float32]] | Refusal:
+    weights = base_weights(asked)
+    with NodeFolder.open(path) as opened:
+        return local_round.train(opened, train_task(asked, weights, **changes), weights, NOW)
+
+
+def test_unit_of_privacy_a_person_with_more_windows_counts_no_more() -> None:
+    """However many windows a person has or a step takes, they move a step by one clip at most."""
+    bound = PLAN.learning_rate * PLAN.max_grad_norm / 4
+    for hours, k in ((3, 1), (6, 8), (24, 32)):
+        influence = moved(cohort(1, hours), replace(PLAN, windows_per_patient=k))
+
+        assert 0.9 * bound < np.linalg.norm(influence) <= bound * (1 + 1e-3)
+
+
+def test_unit_of_privacy_a_weaker_unit_is_refused(node: Path) -> None:
+    """A plan that would account per day or per window is declined before anything is spent."""
+    weaker = plan(privacy__unit="window (weaker than patient)").model_copy(update={"seed": None})
+
+    assert train(node, weaker) == Refusal(code=RefusalCode.PLAN_EXCEEDS_CEILING)
+    with NodeFolder.open(node) as opened:
+        assert opened.budget().spent("training") == 0.0
+
+
+def test_sampling_is_poisson_each_person_by_a_coin_of_their_own() -> None:
+    """A step takes exactly the people whose own uniform lies below the rate: none, one or all, never a fixed number."""
+    people, half = cohort(3), replace(PLAN, sample_rate=0.5)
+    for low in ((), (1,), (0, 2), (0, 1, 2)):
+        joins = np.where(np.isin(np.arange(3), low), 0.25, 0.75)
+        expected = sum((moved(only(people, p), half) for p in low), np.zeros(len(START)))
+
+        np.testing.assert_allclose(moved(people, half, source=Scripted(joins)), expected, atol=2e-6)
+
+
+def test_examples_do_not_see_each_other() -> None:
+    """What a person contributes does not depend on who else was sampled: no batch statistics anywhere."""
+    people = cohort(3)
+
+    together = moved(people)
+
+    np.testing.assert_allclose(together, sum(moved(only(people, p)) for p in range(3)), atol=2e-6)
+
+
+def test_the_divisor_is_public() -> None:
+    """The step is divided by sample_rate x declared patients, whoever is in the store or was drawn."""
+    people = cohort(3)
+
+    np.testing.assert_allclose(moved(people, declared=4), 5 * moved(people, declared=20), atol=2e-6)
+
+
+def test_noise_has_the_size_of_the_clip_before_the_division() -> None:
+    """Each trained coordinate gets noise_multiplier x max_grad_norm, then the divisor and the rate of the update."""
+    noisy = replace(PLAN, noise_multiplier=2.0, sample_rate=0.5, trainable="head")
+    people = cohort(3)
+
+    shift = moved(people, noisy, source=Scripted(noise=1.0)) - moved(people, noisy, source=Scripted())
+
+    size = -noisy.learning_rate * 2.0 * noisy.max_grad_norm / (0.5 * 4)
+    np.testing.assert_allclose(shift[shift != 0], size, rtol=1e-3)
+    assert (shift != 0).sum() == sum(
+        p.numel() for n, p in Forecaster(SPEC).named_parameters() if n.split(".")[0].endswith("head")
+    )
+
+
+def test_every_step_draws_noise_of_its_own() -> None:
+    """Three steps over d trained coordinates draw 3 d Gaussians, also where nobody was sampled."""
+    source, nobody = Scripted(), replace(PLAN, steps=3, sample_rate=1e-9, noise_multiplier=1.0)
+    source.joins = np.full(2, 0.5)
+
+    moved(cohort(2), nobody, source=source)
+
+    trained = sum(p.numel() for n, p in Forecaster(SPEC).named_parameters() if not n.startswith("mix"))
+    assert source.normals == 3 * trained
+
+
+def test_a_gradient_that_is_not_finite_is_no_way_around_the_clip() -> None:
+    """Base weights that make gradients infinite or NaN yield a finite step in the trained weights they reach."""
+    broken = START.copy()
+    broken[-1] = np.inf
+
+    with np.errstate(invalid="ignore"):
+        delta = train_steps(broken, SPEC, cohort(2), replace(PLAN, trainable="head"), 4, Scripted()).delta
+
+    assert np.isfinite(delta[:-1]).all()
+
+
+def test_noise_is_drawn_and_added_in_double_precision() -> None:
+    """Gaussians are float64 sums of four draws, so the gaps of float32 are not those of the noise (Mironov 2012)."""
+    draws = SecureNoise().normal(1000).numpy()
+
+    assert draws.dtype == np.float64
+    assert (draws != draws.astype(np.float32)).mean() > 0.99
+
+
+def test_randomness_is_not_used_twice() -> None:
+    """Even seeded, every round, run and hospital has noise of its own; only the same task repeats."""
+    one = settings()
+
+    def first(node: Any = one, run: str = "run-1", purpose: str = "round 1") -> float:
+        return float(noise_source(node, plan(), run, purpose).normal(1)[0])
+
+    different = {first(), first(run="run-2"), first(purpose="round 2"), first(settings(name="south"))}
+
+    assert len(different) == 4
+    assert first() == first()
+
+
+def test_a_plan_without_seed_draws_from_the_systems_generator(node: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A whole round reads its noise from os.urandom: 32 bytes a Gaussian and more, and the book says secure."""
+    real, asked = os.urandom, []
+
+    def counted(count: int) -> bytes:
+        asked.append(count)
+        return real(count)
+
+    monkeypatch.setattr("pipeline.noise.os.urandom", counted)
+    monkeypatch.setattr(SeededNoise, "normal", None)
+
+    assert not isinstance(train(node, UNSEEDED), Refusal)
+
+    trained = sum(p.numel() for n, p in Forecaster(SPEC).named_parameters() if not n.startswith("mix"))
+    assert sum(asked) >= 32 * trained * UNSEEDED.local.steps_per_round
+    with NodeFolder.open(node) as opened:
+        assert [row.noise for row in opened.budget().rows()] == ["secure"]
+
+
+def test_a_server_cannot_make_the_noise_repeatable(node: Path) -> None:
+    """A plan with a seed is declined by a hospital that named none; with both, the book says seeded."""
+    assert train(node, plan()) == Refusal(code=RefusalCode.PLAN_MISMATCH)
+    assert (noise_kind(settings(seed=None), UNSEEDED), noise_kind(settings(), plan())) == ("secure", "seeded")
+
+
+def test_epsilon_does_not_restart_each_round(node: Path) -> None:
+    """After every round the hospital reports the epsilon of all rounds so far, over runs too."""
+    reported = []
+    for run, number in (("run-1", 1), ("run-1", 2), ("run-2", 1)):
+        outcome = train(node, UNSEEDED.model_copy(update={"rounds": 3}), run=run, round=number)
+        assert not isinstance(outcome, Refusal)
+        reported.append(outcome[0].manifest.spend.epsilon_after)
+
+    expected = [epsilon([UNSEEDED.round_event] * n, DELTA) for n in (1, 2, 3)]
+    assert reported == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_plan_that_understates_its_epsilon_is_refused(node: Path) -> None:
+    """The claim is held against what noise, rate and rounds really give."""
+    lies = plan(privacy__epsilon=0.5).model_copy(update={"seed": None})
+
+    assert train(node, lies) == Refusal(code=RefusalCode.PLAN_MISMATCH)
+
+
+def test_no_noise_is_never_some_privacy() -> None:
+    """An event without noise costs infinitely much, so that no ceiling admits it."""
+    assert epsilon([PrivacyEvent(sample_rate=0.1, noise_multiplier=0.0, steps=1)], DELTA) == math.inf
+
+
+def test_what_is_released_does_not_tell_how_many_people_there_are(tmp_path: Path) -> None:
+    """Two hospitals with 5 and 14 people that declare the same number send the same fields but for the update."""
+    told = []
+    for people in (5, 14):
+        path = make_node(tmp_path / str(people), seed=None)
+        fill(path, patients=people)
+        outcome = train(path, UNSEEDED)
+        assert not isinstance(outcome, Refusal)
+        value = outcome[0].manifest.model_dump()
+        told.append({k: v for k, v in value.items() if k not in ("update_hash", "budget_head")})
+
+    assert told[0] == told[1]
