@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow lint bench audit coverage lock clean
+.PHONY: demo test test-slow lint bench audit coverage openapi lock clean
 
 .venv/installed: pyproject.toml requirements.lock
 	$(PYTHON) -m venv .venv
@@ -24,6 +24,10 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# The contract of the forecast endpoint, committed so that a change of it is seen.
+openapi: .venv/installed
+	$(BIN)/python -m hospital_node.openapi_document docs/openapi.json
 
 bench: .venv/installed
 	$(BIN)/python -m benchmarks

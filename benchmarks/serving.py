@@ -4,9 +4,8 @@
 
 Each server runs in a process of its own with one worker on loopback. Latency: one connection, the next request goes
 when the answer is there. Throughput: eight connections, each with a request under way. Servers take turns, several
-rounds,
-so that a busy machine is busy for all. CPU time of the server's processes per request tells what throughput one core
-can give, and other programs on the machine change it least.
+rounds, so that a busy machine is busy for all. CPU time of the server's processes per request tells what throughput
+one core can give, and other programs on the machine change it least.
 
     echo      FastAPI + onnxruntime: the model's own tensors in, its tensors out; no key, no rules, no reasons
     islet     the whole endpoint: key, rate limit, audit log, 48 timestamped readings, rules, 12 points, probabilities

@@ -4,9 +4,11 @@ No answer and no log line repeats a reading. Keys are compared in constant time;
 Annotations are evaluated here, not postponed: FastAPI reads those of routes, which name things local to a function.
 """
 
+import asyncio
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +17,15 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from pydantic import ValidationError
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
-from data_schemas.errors import BadInput
+from data_schemas.errors import BadInput, StorageFailed
 from data_schemas.frozen import Frozen
 from data_schemas.units import RESEARCH_LABEL
 from hospital_node.access import Guard
 from hospital_node.audit_log import AuditLog
+from hospital_node.exchange_routes import add_fhir_routes, add_nightscout_routes
 from hospital_node.forecast_routes import ForecastRequest, add_forecast_routes, add_status_routes
 from hospital_node.held_readings import HeldReadings
 from hospital_node.problems import (
@@ -35,11 +39,14 @@ from hospital_node.problems import (
     problem,
 )
 from hospital_node.rate_limit import RateLimit
+from hospital_node.reading_routes import ReadingsUpload, add_reading_routes
 from hospital_node.served_model import ServedModel
 from hospital_node.services import Services, body_errors
 from hospital_node.traffic import OUTCOME, BodyLimit, Counted, Traffic
 
-_BODIES: tuple[type[Frozen], ...] = (ForecastRequest,)
+_BODIES: tuple[type[Frozen], ...] = (ForecastRequest, ReadingsUpload)
+# The journal is folded into the store at this many readings, and after this long at the latest.
+FOLD_ROWS, FOLD_SECONDS, FOLD_LOOK_SECONDS = 20_000, 3600.0, 5.0
 _SECURITY = {
     "bearer": {"type": "http", "scheme": "bearer", "description": "An API key of this node, or a token (JWT)."},
     "apiSecret": {
@@ -88,10 +95,14 @@ def create_app(
         description="Glucose 5 to 60 minutes ahead, with quantiles, or the reason why there is no forecast.",
         docs_url=None,
         redoc_url=None,
+        lifespan=lambda _app: _folding(services),
     )
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     _add_problem_handlers(app)
     add_forecast_routes(app, services)
+    add_reading_routes(app, services)
+    add_nightscout_routes(app, services)
+    add_fhir_routes(app, services)
     add_status_routes(app, services)
     app.add_middleware(BodyLimit)
     app.add_middleware(Counted, traffic=services.traffic, audit=services.audit, clock=clock)
@@ -144,6 +155,29 @@ def serve(
         raise BadInput(f"port {port} on {host} cannot be had", "another program uses it: give another port") from None
 
 
+@asynccontextmanager
+async def _folding(services: Services) -> AsyncIterator[None]:
+    """While the endpoint runs, move what apps sent into the store: when enough has gathered, hourly, and at the end."""
+    over = asyncio.Event()
+
+    async def fold() -> None:
+        since = time.monotonic()
+        while not over.is_set():
+            with suppress(TimeoutError):
+                await asyncio.wait_for(over.wait(), FOLD_LOOK_SECONDS)
+            late = time.monotonic() - since >= FOLD_SECONDS
+            if over.is_set() or late or len(services.held.journal) >= FOLD_ROWS:
+                since = time.monotonic()
+                with suppress(StorageFailed):  # what waits is safe in the journal; the next turn tries again
+                    await run_in_threadpool(services.held.fold)
+
+    task = asyncio.create_task(fold())
+    yield
+    over.set()
+    await task
+    services.audit.close()
+
+
 def _add_problem_handlers(app: FastAPI) -> None:
     @app.exception_handler(Declined)
     async def declined(request: Request, error: Declined) -> Response:
@@ -165,6 +199,10 @@ def _add_problem_handlers(app: FastAPI) -> None:
     @app.exception_handler(ValidationError)
     async def invalid_body(_request: Request, error: ValidationError) -> Response:
         return _invalid(body_errors(error))
+
+    @app.exception_handler(StorageFailed)
+    async def full(_request: Request, _error: StorageFailed) -> Response:
+        return _answer(problem(503, "storage-failed", "Nothing was stored", "The node's disk refused; send it again."))
 
     @app.exception_handler(Exception)
     async def failed(_request: Request, _error: Exception) -> Response:

@@ -136,13 +136,14 @@ def node_budget(path: NodePath) -> None:
 def node_key(
     path: NodePath,
     patient: Annotated[str, typer.Option(help="Pseudonym the key may ask about; 'all' for every patient.")] = "all",
+    writes: Annotated[bool, typer.Option("--writes", help="The key may also add readings.")] = False,
 ) -> None:
     """Make an API key for the forecast endpoint; it is shown once and only its hash is kept."""
     from hospital_node.api_keys import create_key
     from hospital_node.folder import NodeFolder
 
     with NodeFolder.open(path):
-        say(create_key(path, patient, time.time())[1])
+        say(create_key(path, patient, time.time(), writes=writes)[1])
 
 
 @node.command("serve")

@@ -24,7 +24,12 @@ DOORS = {
     "mlflow": {"aggregator/registry.py"},
     "great_expectations": {"hospital_node/validation.py"},
     "cryptography": {"pipeline/signing.py"},
-    "fastapi": {"hospital_node/endpoint.py", "hospital_node/forecast_routes.py"},
+    "fastapi": {
+        "hospital_node/endpoint.py",
+        "hospital_node/exchange_routes.py",
+        "hospital_node/forecast_routes.py",
+        "hospital_node/reading_routes.py",
+    },
     "jwt": {"hospital_node/tokens.py"},
     "sklearn": {"pipeline/baselines.py"},
     "onnxruntime": {"pipeline/export.py"},
