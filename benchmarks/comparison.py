@@ -1,0 +1,213 @@
+"""Our model beside what a data scientist would use instead: `python -m benchmarks.comparison [NODE ...]`.
+
+Every model learns from the same people and forecasts the same windows of the same held-out people. Without arguments
+the six sample hospitals are imported into a temporary folder; NODE names node folders of a demo that was run before.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from data_schemas.layout import load_layout
+from hospital_node.folder import NodeFolder
+from hospital_node.importing import import_exports
+from hospital_node.settings import NodeSettings, Source
+from hospital_node.store import Store
+from pipeline.accounting import calibrate
+from pipeline.baselines import fit_ridge, fit_trees, persistence, ridge, trees
+from pipeline.comparison import POOLED_FIT
+from pipeline.demo import EXPORTS, FEDERATION, HELDOUT_FRACTION, PLAN, SITES, windows_of_nodes
+from pipeline.evaluation import EventScore, evaluate
+from pipeline.fitting import fit
+from pipeline.forecaster import RESIDUAL_SCALE_MG_DL, predict, unflatten
+from pipeline.noise import SeededNoise
+from pipeline.plans import load_plan
+from pipeline.private_training import LocalPlan, train_steps
+from pipeline.scorecard import plain
+from pipeline.scored import Predict, concat, score_windows
+from pipeline.warm_start import SPEC, WINDOWS, load
+from pipeline.windows import FEATURES, Batch, Float32, Windows
+
+LSTM_UNITS, LSTM_STEPS = 64, 1500
+CALLS = 200
+
+Sites = Mapping[str, tuple[Windows, Windows]]
+
+
+class PlainLstm(nn.Module):
+    """What one writes in an afternoon: nn.LSTM, a linear layer, the change from the last reading."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(len(FEATURES), LSTM_UNITS, batch_first=True)
+        self.head = nn.Linear(LSTM_UNITS, len(RESIDUAL_SCALE_MG_DL))
+        self.register_buffer("scale", torch.tensor(RESIDUAL_SCALE_MG_DL))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """X [B,T,F] to the change from the last reading [B,12] in mg/dL."""
+        change: torch.Tensor = self.head(self.lstm(x)[1][0][-1]) * self.scale
+        return change
+
+
+def fit_plain_lstm(training: Sequence[Windows]) -> Predict:
+    """Adam on the masked squared error, windows of all hospitals drawn alike, no privacy, from scratch."""
+    torch.manual_seed(0)
+    rng, model = np.random.default_rng(0), PlainLstm()
+    adam = torch.optim.Adam(model.parameters(), lr=3e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(adam, 3e-3, total_steps=LSTM_STEPS)
+    share = np.array([len(w) for w in training], dtype=np.float64)
+    for _ in range(LSTM_STEPS):
+        counts = rng.multinomial(256, share / share.sum())
+        parts = [w.gather(rng.choice(w.anchors, c)) for w, c in zip(training, counts, strict=True) if c]
+        x, y, last = (torch.from_numpy(np.concatenate([getattr(p, k) for p in parts])) for k in ("x", "y", "last"))
+        mask = torch.from_numpy(np.concatenate([p.mask for p in parts])).float()
+        loss = (((model(x) + last[:, None] - y) / model.scale).square() * mask).sum() / mask.sum()
+        adam.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        adam.step()
+        schedule.step()
+
+    def forecast(batch: Batch) -> Float32:
+        with torch.inference_mode():
+            change = model(torch.from_numpy(batch.x)).numpy()
+        clipped: Float32 = np.clip(batch.last[:, None] + change, 40, 400).astype(np.float32)
+        return clipped
+
+    return plain(forecast)
+
+
+def islet(weights: Float32) -> Predict:
+    """Our forecaster with these weights."""
+    model = unflatten(weights, SPEC).eval()
+    return lambda batch: predict(model, batch.x, batch.last)
+
+
+def fit_federated(training: Mapping[str, Windows]) -> Predict:
+    """The demo's plan: patient-level epsilon 8, full noise at each hospital; Flower and signatures left out."""
+    plan = load_plan(PLAN)
+    steps = plan.rounds * plan.local.steps_per_round
+    noise = calibrate(plan.privacy.epsilon, plan.privacy.delta, plan.privacy.sample_rate, steps)
+    local = LocalPlan(
+        plan.local.steps_per_round,
+        plan.local.learning_rate,
+        plan.privacy.sample_rate,
+        noise,
+        plan.privacy.max_grad_norm,
+        plan.local.windows_per_patient,
+        plan.local.trainable,
+    )
+    people = {name: len(w.series.patients) for name, w in training.items()}
+    sources = {name: SeededNoise(i) for i, name in enumerate(training)}
+    weights, kept = load().astype(np.float64), []
+    for _ in range(plan.rounds):
+        start = weights.astype(np.float32)
+        deltas = {n: train_steps(start, SPEC, w, local, people[n], sources[n]).delta for n, w in training.items()}
+        weights = weights + sum(people[n] * d.astype(np.float64) for n, d in deltas.items()) / sum(people.values())
+        kept.append(weights)
+    return islet(np.mean(kept[-plan.server.average_last_rounds :], axis=0).astype(np.float32))
+
+
+def contestants(training: Mapping[str, Windows]) -> dict[str, Callable[[], Predict]]:
+    """Label to what trains the model; calling it is timed."""
+    every = list(training.values())
+
+    def fitted_ridge() -> Predict:
+        model = fit_ridge(every)
+        return plain(lambda batch: ridge(model, batch))
+
+    def fitted_trees() -> Predict:
+        model = fit_trees(every)
+        return plain(lambda batch: trees(model, batch))
+
+    return {
+        "persistence": lambda: plain(persistence),
+        "ridge on 24 lags": fitted_ridge,
+        "gradient-boosted trees": fitted_trees,
+        f"nn.LSTM-{LSTM_UNITS} from scratch": lambda: fit_plain_lstm(every),
+        "islet, public start only": lambda: islet(load()),
+        "islet, pooled, no privacy": lambda: islet(fit(load(), SPEC, every, POOLED_FIT)),
+        "islet, federated, epsilon 8": lambda: fit_federated(training),
+    }
+
+
+def sample_hospitals(folder: Path) -> Sites:
+    """Import the sample exports as the demo does; equal splits every time."""
+    homes = []
+    for site in SITES:
+        settings = NodeSettings(
+            name=site.name,
+            federation=FEDERATION,
+            sources=(Source(path=str(EXPORTS / site.name), layout=site.name, zone=site.zone),),
+            declared_training_patients=site.people - site.heldout,
+            declared_heldout_patients=site.heldout,
+            heldout_fraction=HELDOUT_FRACTION,
+            seed=1,
+        )
+        homes.append(folder / site.name)
+        NodeFolder.create(homes[-1], settings)
+        with NodeFolder.open(homes[-1]) as node:
+            layout = load_layout(site.name)
+            import_exports(EXPORTS / site.name, layout, site.zone, node.pseudonym_key, Store(node.store))
+    return windows_of_nodes(homes, WINDOWS.history_minutes)
+
+
+def latency_ms(predict_one: Predict, batch: Batch) -> float:
+    """Median over single forecasts from a window that is already cut."""
+    one = Batch(batch.x[:1], batch.y[:1], batch.mask[:1], batch.last[:1])
+    taken = []
+    for _ in range(CALLS):
+        started = time.perf_counter()
+        predict_one(one)
+        taken.append(time.perf_counter() - started)
+    return 1e3 * float(np.median(taken))
+
+
+def line(label: str, train: Callable[[], Predict], sites: Sites) -> str:
+    """Train, score and time one model."""
+    started = time.perf_counter()
+    model = train()
+    seconds = time.perf_counter() - started
+    scored = concat([score_windows(heldout, model, name) for name, (_, heldout) in sites.items()])
+    found = evaluate(scored)
+    low = (found.pooled.events_by_probability or found.pooled.events)[0]
+    mean = {m.horizon_minutes: m.rmse for m in found.mean_over_sites}
+    first = next(heldout for _, heldout in sites.values() if len(heldout))
+    wait = latency_ms(model, first.gather(first.anchors[:1]))
+    errors = "".join(f"{v:8.2f}" for v in (mean[30], mean[60], found.pooled.at(30).rmse, found.pooled.at(60).rmse))
+    return f"{label:<30}{errors}{_low(low)}{seconds:9.1f}{wait:9.2f}"
+
+
+def _low(score: EventScore) -> str:
+    return "".join(f"{100 * v:8.0f}" if math.isfinite(v) else f"{'-':>8}" for v in (score.recall, score.precision))
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Print the table."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as scratch:
+        homes = [Path(a) for a in arguments]
+        sites = windows_of_nodes(homes, WINDOWS.history_minutes) if homes else sample_hospitals(Path(scratch))
+        print(
+            "RMSE in mg/dL; lows (< 70 within 30 min) in %, by P(low) >= 25% where a model has quantiles, else by the"
+        )
+        print("point forecast; training in seconds, one forecast in milliseconds, on one thread")
+        print(
+            f"{'':<30}{'mean@30':>8}{'@60':>8}{'pool@30':>8}{'@60':>8}{'recall':>8}{'prec.':>8}{'train':>9}{'call':>9}"
+        )
+        for label, train in contestants({n: t for n, (t, _) in sites.items()}).items():
+            print(line(label, train, sites), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
