@@ -42,7 +42,7 @@ pipeline/private_training.py,hospital_node/budget.py,hospital_node/book_file.py,
 hospital_node/randomness.py,hospital_node/release.py,hospital_node/scores.py
 PRIVACY_TESTS := tests/privacy --ignore=tests/privacy/test_audit.py tests/pipeline/test_private_training.py tests/pipeline/test_auditing.py \
 	tests/pipeline/test_membership.py tests/pipeline/test_accounting.py tests/hospital_node/test_budget.py \
-	tests/hospital_node/test_local_round.py tests/hospital_node/test_scoring.py
+	tests/hospital_node/test_local_round.py tests/hospital_node/test_scoring.py tests/hospital_node/test_release.py
 
 coverage: .venv/installed
 	$(BIN)/python -m coverage run --branch --include=$(PRIVACY) -m pytest -q $(PRIVACY_TESTS)

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import hmac
 import multiprocessing
 import os
 import shutil
 import signal
 import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from data_schemas.errors import BadInput, NodeBusy, Tampered
+from data_schemas.errors import BadInput, NodeBusy, StorageFailed, Tampered
 from data_schemas.plan import PrivacyEvent
 from data_schemas.units import DELTA
 from hospital_node import book_file
-from hospital_node.budget import BudgetBook, BudgetExhausted, Cohort, Reservation, epsilon, render
+from hospital_node.budget import MOST_ROUNDS, BudgetBook, BudgetExhausted, Cohort, Reservation, epsilon, render
 
 KEY = b"k" * 32
 EVENT = PrivacyEvent(sample_rate=0.2, noise_multiplier=2.0, steps=10)
@@ -323,3 +325,84 @@ def test_the_printed_book_says_what_was_spent_by_whom_and_what_is_left(path: Pat
     assert f"{book.rounds_left('training', EVENT, 2.0)} rounds left" in text
     row = next(line for line in text.splitlines() if AT in line)
     assert all(part in row for part in ("trial", "run-1", f"{reserved.epsilon_after:.3f}", "patient, 1e-05", "secure"))
+
+
+def test_making_a_book_again_keeps_the_one_that_is_there(path: Path) -> None:
+    """Creating over a book verifies and keeps it, and a reservation can be looked up by its task."""
+    reserved = reserve(BudgetBook(path, KEY), "a")
+
+    BudgetBook.create(path, KEY)
+
+    assert BudgetBook(path, KEY).reservation("a") == reserved
+    assert BudgetBook(path, KEY).reservation("b") is None
+    with pytest.raises(Tampered):
+        BudgetBook.create(path, b"another node's key")
+
+
+def test_a_lost_book_beside_its_seal_is_noticed(path: Path) -> None:
+    """budget.db removed while budget.head stays is no empty book."""
+    path.unlink()
+
+    with pytest.raises(Tampered, match="missing"):
+        BudgetBook(path, KEY)
+
+
+def test_a_book_of_other_rows_under_this_seal_is_noticed(path: Path, tmp_path: Path) -> None:
+    """A second valid book of the same node, equally long, does not pass under the first one's seal."""
+    reserve(BudgetBook(path, KEY), "a")
+    other = tmp_path / "other" / "budget.db"
+    other.parent.mkdir()
+    BudgetBook.create(other, KEY)
+    reserve(BudgetBook(other, KEY), "b")
+
+    shutil.copy(other, path)
+
+    with pytest.raises(Tampered, match="not the sealed one"):
+        BudgetBook(path, KEY)
+
+
+def test_a_seal_of_another_form_is_refused(path: Path) -> None:
+    """A seal that the key confirms but that is not one, from a program of another version, stops the node."""
+    mac = hmac.digest(KEY, b"{}", "sha256").hex().encode()
+    path.with_name("budget.head").write_bytes(b"{}\n" + mac + b"\n")
+
+    with pytest.raises(Tampered, match="cannot be read"):
+        BudgetBook(path, KEY)
+
+
+def test_a_book_that_another_process_writes_says_so(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A locked file is no tampering."""
+    book, connect = BudgetBook(path, KEY), sqlite3.connect
+    monkeypatch.setattr(book_file.sqlite3, "connect", lambda *a, **k: connect(*a, **{**k, "timeout": 0.0}))
+    with closing(connect(path, isolation_level=None)) as holder:
+        holder.execute("BEGIN EXCLUSIVE")
+
+        with pytest.raises(NodeBusy):
+            reserve(book, "a")
+
+        holder.execute("ROLLBACK")
+
+
+def test_a_disk_that_does_not_take_the_row_says_so(path: Path) -> None:
+    """Nowhere to write is no tampering either."""
+    with pytest.raises(StorageFailed):
+        book_file.append(path.parent / "gone" / "budget.db", 1, b"{}", b"", None)
+
+
+def test_a_row_without_its_noise_source_says_that(path: Path) -> None:
+    """A row that does not tell where its noise came from is never shown as secure."""
+    reserve(BudgetBook(path, KEY), "a")
+    book = BudgetBook(path, KEY)
+    value = {k: v for k, v in book._rows[0][0].items() if k != "noise"}
+
+    book._index(value, b"")
+
+    assert book.rows()[0].noise == "not recorded"
+
+
+def test_a_long_book_shows_a_practically_endless_rest(path: Path) -> None:
+    """Noise so large that no plan could use it up is shown as such."""
+    book = BudgetBook(path, KEY)
+    reserve(book, "a", event=PrivacyEvent(sample_rate=0.01, noise_multiplier=500.0, steps=1))
+
+    assert f"{MOST_ROUNDS} or more rounds left" in render(book, {"training": 8.0, "heldout": 8.0})

@@ -244,3 +244,13 @@ def test_what_is_released_does_not_tell_how_many_people_there_are(tmp_path: Path
         told.append({k: v for k, v in value.items() if k not in ("update_hash", "budget_head")})
 
     assert told[0] == told[1]
+
+
+def test_a_plan_that_means_nothing_cannot_be_made() -> None:
+    """Rates, clip, noise, trained part and declared patients are checked before a reading is touched."""
+    wrong = ({"max_grad_norm": 0.0}, {"sample_rate": 1.1}, {"noise_multiplier": math.nan}, {"trainable": "nothing"})
+    for change in wrong:
+        with pytest.raises(ValueError, match="must be"):
+            replace(PLAN, **change)
+    with pytest.raises(ValueError, match="declared_patients"):
+        moved(cohort(1), declared=0)
