@@ -197,9 +197,11 @@ def originality_code(
     per_step = plan.local.learning_rate * privacy.max_grad_norm * privacy.noise_multiplier
     if norm < _QUIET * per_step / (privacy.sample_rate * declared_patients) * math.sqrt(steps * touched):
         return RejectionCode.NOT_PRIVATE
+    # Chance gives random vectors of few coordinates a large cosine too: eight standard deviations of it are no proof.
+    limit = min(0.999, max(_COPY, 8 / math.sqrt(touched)))
     for known in earlier:
         known_norm = float(np.linalg.norm(known.astype(np.float64)))
-        if known_norm > 0 and float(vector @ known.astype(np.float64)) >= _COPY * norm * known_norm:
+        if known_norm > 0 and float(vector @ known.astype(np.float64)) >= limit * norm * known_norm:
             return RejectionCode.COPIED
     return None
 
