@@ -10,14 +10,18 @@ expected sample q N (q = sample_rate, N = declared patients). The update is r ti
 
 where B bounds the patients sampled in all steps: B = min(T N, m + 8 sqrt(m) + 32) with m = T q N. Both terms fail with
 probability below 1e-13 for an honest node (Bernstein's inequality for B; Gaussian concentration of the norm for the
-noise, Laurent and Massart 2000). The bound is doubled, because the declared number is a published, rounded figure. What
-passes the gate can still be wrong, but no larger than noise the plan itself allows.
+noise, Laurent and Massart 2000). The bound is doubled, because the declared number is a published, rounded figure.
+What passes the gate can still be wrong, but no larger than noise the plan itself allows.
+
+The same noise bounds the norm from below: an update far quieter than its noise must be was not made by the plan, an
+empty one least of all. It also makes honest updates nearly orthogonal: one that points where another hospital's
+update, or the last step, points already is a copy.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -29,6 +33,11 @@ from data_schemas.ledger import MemberEntry, RejectedUpdate
 from data_schemas.messages import SignedUpdate, UpdateManifest
 from data_schemas.plan import TrainingPlan
 from pipeline.signing import verify
+
+# Part of its noise's expected norm that an update must have at least.
+_QUIET = 0.25
+# Cosine from which two updates are one; between honest private updates it stays below 0.1 (docs/credit.md).
+_COPY = 0.5
 
 
 class RejectionCode(StrEnum):
@@ -53,6 +62,8 @@ class RejectionCode(StrEnum):
     REPLAYED = "replayed"
     NOT_FINITE = "not-finite"
     NORM_TOO_LARGE = "norm-too-large"
+    NOT_PRIVATE = "not-private"
+    COPIED = "copied"
     # Failures before there was an update to look at.
     MALFORMED_REPLY = "malformed-reply"
     NOT_CONNECTED = "not-connected"
@@ -66,7 +77,11 @@ class RejectionCode(StrEnum):
 
 @dataclass(frozen=True)
 class Expectation:
-    """What a reply to this round's task must agree with. `seen_hashes`: updates of earlier rounds and runs."""
+    """What a reply to this round's task must agree with. `seen_hashes`: updates of earlier rounds and runs.
+
+    earlier: vectors float32[D] that all know and nobody may send again: the last step, the last round's updates, and
+    those already admitted in this round.
+    """
 
     federation: str
     run: str
@@ -75,6 +90,7 @@ class Expectation:
     base_model_hash: str
     dimension: int
     seen_hashes: frozenset[str]
+    earlier: tuple[NDArray[np.float32], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -168,6 +184,25 @@ def _array_code(manifest: UpdateManifest, delta: NDArray[np.generic], expected: 
     limit = max_update_norm(expected.plan, manifest.declared_patients, expected.dimension)
     if float(np.linalg.norm(delta.astype(np.float64))) > limit:
         return RejectionCode.NORM_TOO_LARGE
+    return originality_code(delta, expected.plan, manifest.declared_patients, expected.earlier)
+
+
+def originality_code(
+    delta: NDArray[np.generic], plan: TrainingPlan, declared_patients: int, earlier: Sequence[NDArray[np.float32]]
+) -> RejectionCode | None:
+    """Say whether an update float32[D] is too quiet to hold its noise, or a copy of an earlier vector."""
+    vector = delta.astype(np.float64)
+    norm, touched = float(np.linalg.norm(vector)), max(1, int(np.count_nonzero(vector)))
+    privacy, steps = plan.privacy, plan.local.steps_per_round
+    per_step = plan.local.learning_rate * privacy.max_grad_norm * privacy.noise_multiplier
+    if norm < _QUIET * per_step / (privacy.sample_rate * declared_patients) * math.sqrt(steps * touched):
+        return RejectionCode.NOT_PRIVATE
+    # Chance gives random vectors of few coordinates a large cosine too: eight standard deviations of it are no proof.
+    limit = min(0.999, max(_COPY, 8 / math.sqrt(touched)))
+    for known in earlier:
+        known_norm = float(np.linalg.norm(known.astype(np.float64)))
+        if known_norm > 0 and float(vector @ known.astype(np.float64)) >= limit * norm * known_norm:
+            return RejectionCode.COPIED
     return None
 
 

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from aggregator.admission import AdmittedUpdate
 from data_schemas.canonical import bytes_hash
-from data_schemas.plan import ServerSpec
+from data_schemas.plan import AggregationRule, ServerSpec
+from pipeline.robust import mean_of
 
 Vector = NDArray[np.float32]
 
@@ -50,18 +51,17 @@ def shares(updates: Sequence[AdmittedUpdate]) -> tuple[float, ...]:
     return tuple(count / sum(counts) for count in counts)
 
 
-def mean_update(updates: Sequence[AdmittedUpdate]) -> NDArray[np.float64]:
-    """Patient-weighted mean of the updates, float64[D]."""
+def mean_update(
+    updates: Sequence[AdmittedUpdate], rule: AggregationRule = "patient-weighted-mean"
+) -> NDArray[np.float64]:
+    """Patient-weighted mean of the updates under the plan's rule, float64[D]."""
     ordered = in_node_order(updates)
-    total = np.zeros(ordered[0].delta.shape, dtype=np.float64)
-    for share, update in zip(shares(ordered), ordered, strict=True):
-        total += share * update.delta.astype(np.float64)
-    return total
+    return mean_of(np.stack([update.delta for update in ordered]), shares(ordered), rule)
 
 
 def server_step(state: ServerState, updates: Sequence[AdmittedUpdate], spec: ServerSpec) -> ServerState:
     """One round: velocity = momentum * velocity + mean; weights = weights + learning_rate * velocity."""
-    velocity = spec.momentum * state.velocity.astype(np.float64) + mean_update(updates)
+    velocity = spec.momentum * state.velocity.astype(np.float64) + mean_update(updates, spec.rule)
     weights = (state.weights.astype(np.float64) + spec.learning_rate * velocity).astype(np.float32)
     recent = (*state.recent, weights)[-spec.average_last_rounds :]
     return ServerState(weights=weights, velocity=velocity.astype(np.float32), recent=recent)

@@ -79,12 +79,18 @@ def _sort_out(
     admitted: dict[str, AdmittedUpdate],
     rejected: dict[str, RejectedUpdate],
 ) -> None:
-    """Judge replies in node order; the first admissible one of a hospital counts."""
-    for reply in replies:
+    """Judge replies in the order in which members joined: of two alike, the newer member's is the copy."""
+    seniority = {name: place for place, name in enumerate(members)}
+    for reply in sorted(replies, key=lambda r: seniority.get(r.node, len(seniority))):
         if reply.node in admitted:
             continue
         in_round = {update.signed.manifest.update_hash for update in admitted.values()}
-        outcome = _judge(reply, replace(expected, seen_hashes=expected.seen_hashes | in_round), members)
+        so_far = replace(
+            expected,
+            seen_hashes=expected.seen_hashes | in_round,
+            earlier=(*expected.earlier, *(update.delta for update in admitted.values())),
+        )
+        outcome = _judge(reply, so_far, members)
         if (
             isinstance(outcome, AdmittedUpdate)
             and wanted is not None

@@ -6,8 +6,8 @@ same credit to the last micro-credit, on any machine.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from data_schemas.errors import BadInput
 from data_schemas.ledger import CreditLine
@@ -17,6 +17,8 @@ from data_schemas.messages import EpochRelease
 _NANO = 10**9
 # Two-sided 95% of a normal distribution.
 _Z95 = 1.96
+# A node is paid only from this part (numerator, denominator) of the federation's mean score per declared patient on.
+FLOOR = (1, 4)
 # One scorer alone could write any score it likes.
 MIN_SCORERS = 2
 
@@ -31,14 +33,20 @@ class _Score:
 
 
 def credit(
-    releases: Sequence[EpochRelease], nodes: Sequence[str], pot_micro_credits: int
+    releases: Sequence[EpochRelease],
+    nodes: Sequence[str],
+    pot_micro_credits: int,
+    declared: Mapping[str, int] | None = None,
 ) -> tuple[tuple[CreditLine, ...], int]:
     """Lines in the order of `nodes`, and what of the pot nobody earned. Lines and unpaid sum to the pot.
 
     A node's score is the median of the OTHER, non-abstaining nodes' released Shapley values for it, weighted by their
     declared held-out patients: liars holding less than half of the weight of those others cannot move it beyond honest
     values (with exactly half, they can: a federation of three has no room for a liar).
-    Credit is the pot times the positive share; a node with fewer than MIN_SCORERS scorers gets 0.
+    No scorer weighs as much as all the others together: the largest is capped just below that, so that no hospital
+    alone decides what the others are worth. Credit is the pot times the positive share; a node with fewer than
+    MIN_SCORERS scorers gets 0, and so does one below the floor: less than FLOOR of the federation's mean score per
+    declared training patient. `declared` are those patients by node; without it there is no floor.
 
     The interval is the weighted median of the scorers' values -+ 1.96 noise_std. It is conservative for the noise: it
     misses only when scorers of half the weight have noise beyond 1.96 standard deviations on the same side, 5% for a
@@ -48,7 +56,8 @@ def credit(
     """
     _check(releases, nodes, pot_micro_credits)
     rows = [_score_node(node, releases) for node in nodes]
-    amounts = _largest_remainder([max(0, score) for score, _, _ in rows], nodes, pot_micro_credits)
+    earned = _above_floor([max(0, score) for score, _, _ in rows], nodes, declared)
+    amounts = _largest_remainder(earned, nodes, pot_micro_credits)
     lines = tuple(
         CreditLine(
             node=node,
@@ -68,6 +77,7 @@ def _score_node(node: str, releases: Sequence[EpochRelease]) -> tuple[int, int, 
     if len(scores) < MIN_SCORERS:
         reach = _widest(scores or [s for other in releases for s in _all_scores(other)])
         return 0, -reach, reach
+    scores = _capped(scores)
     return (
         _weighted_median([(s.value, s.weight) for s in scores]),
         _weighted_median([(s.value - s.margin, s.weight) for s in scores]),
@@ -94,6 +104,26 @@ def _all_scores(release: EpochRelease) -> list[_Score]:
 def _widest(scores: Sequence[_Score]) -> int:
     """Farthest that any of the scores could reach from zero: all that is known of a node too few have scored."""
     return max((abs(s.value) + s.margin for s in scores), default=0)
+
+
+def _above_floor(scores: Sequence[int], nodes: Sequence[str], declared: Mapping[str, int] | None) -> list[int]:
+    """Scores with those below the floor set to 0: who claims many patients must add something per patient."""
+    if declared is None:
+        return list(scores)
+    patients = [declared.get(node, 0) for node in nodes]
+    total, claimed = sum(scores), sum(patients)
+    return [
+        score if FLOOR[1] * score * claimed >= FLOOR[0] * total * own else 0
+        for score, own in zip(scores, patients, strict=True)
+    ]
+
+
+def _capped(scores: Sequence[_Score]) -> list[_Score]:
+    """Scores whose largest weight is below the sum of the others' (equal to it where there are two scorers)."""
+    ordered = sorted((s.weight for s in scores), reverse=True)
+    rest = sum(ordered[1:])
+    cap = rest - 1 if len(ordered) > MIN_SCORERS else rest
+    return [replace(s, weight=min(s.weight, cap)) for s in scores]
 
 
 def _weighted_median(values: Sequence[tuple[int, int]]) -> int:

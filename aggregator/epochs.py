@@ -160,7 +160,8 @@ def collect_credit(
     rounds = rounds_of(task.epoch, task.plan)
     pot = task.plan.credit.pot_micro_credits_per_round * len(rounds)
     releases = tuple(usable[name] for name in sorted(usable))
-    lines, unpaid = credit([signed.release for signed in releases], task.nodes, pot)
+    declared = {name: member.declared_training_patients for name, member in members.items()}
+    lines, unpaid = credit([signed.release for signed in releases], task.nodes, pot, declared)
     return CreditEntry(
         run=task.run,
         epoch=task.epoch,
@@ -219,7 +220,14 @@ def gather_cosignatures(
 
 def _cosign_task(ledger: Ledger, federation: str, note: str, old_size: int) -> CosignTask:
     proof = ledger.consistency_proof(old_size) if old_size else ()
-    return CosignTask(federation=federation, checkpoint=note, old_size=old_size, consistency_proof=proof)
+    size = SignedCheckpoint.from_text(note).checkpoint.size
+    return CosignTask(
+        federation=federation,
+        checkpoint=note,
+        old_size=old_size,
+        consistency_proof=proof,
+        entries=ledger.payloads(old_size)[: size - old_size],
+    )
 
 
 def _provable(node: str, witness_size: int, size: int) -> bool:

@@ -1,16 +1,32 @@
-"""Who is a member, with which key: derived by replaying the ledger, never kept anywhere else."""
+"""The federation as its log tells it, and how members' proposals and votes come into the log.
+
+Nothing is kept anywhere else: who is a member, what was decided and what every run closed is a replay of the ledger.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TypeVar
 
 from aggregator.ledger import Ledger
-from data_schemas.errors import BadInput, Tampered
+from data_schemas.canonical import content_hash
+from data_schemas.errors import BadInput, CheckFailed, Tampered
+from data_schemas.governance import (
+    Attestation,
+    AttestationEntry,
+    CreditPolicy,
+    DecisionEntry,
+    FoundingEntry,
+    PrivacyPolicy,
+    Proposal,
+    ProposalEntry,
+    VoteEntry,
+)
 from data_schemas.ledger import (
     CreditEntry,
+    Entry,
     LedgerEntry,
     MemberEntry,
     ModelEntry,
@@ -18,6 +34,8 @@ from data_schemas.ledger import (
     Receipt,
     RoundEntry,
 )
+from data_schemas.plan import TrainingPlan
+from pipeline.charter import Charter
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")
@@ -25,13 +43,17 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class Federation:
-    """The federation as its log tells it: members by name, plan hash by run, and what every run closed."""
+    """The federation as its log tells it: members by name, in the order they joined, plans, what every run closed.
+
+    charter: what was decided, as every node derives it too.
+    """
 
     members: Mapping[str, MemberEntry]
     plans: Mapping[str, str]
     rounds: Mapping[tuple[str, int], RoundEntry]
     credits: Mapping[tuple[str, int], CreditEntry]
     models: Mapping[str, ModelEntry]
+    charter: Charter = field(default_factory=Charter)
 
     def update_hashes(self, run: str, before_round: int) -> frozenset[str]:
         """Hashes of every admitted update of all runs, except those of `run` from `before_round` on."""
@@ -42,19 +64,17 @@ class Federation:
 def replay(entries: Iterable[LedgerEntry]) -> Federation:
     """Derive the federation from the log; a hospital's newest entry counts.
 
-    Raises Tampered when a member's key changes or two entries claim the same plan, round, epoch or model.
+    Raises Tampered when an entry breaks the rules of pipeline.charter, or two claim the same plan, round, epoch, model.
     """
-    members: dict[str, MemberEntry] = {}
+    charter = Charter()
     plans: dict[str, str] = {}
     rounds: dict[tuple[str, int], RoundEntry] = {}
     credited: dict[tuple[str, int], CreditEntry] = {}
     models: dict[str, ModelEntry] = {}
     for line in entries:
+        if charter.take(line):
+            raise _disputed(line.index)
         match line.entry:
-            case MemberEntry() as member:
-                if members.get(member.node, member).public_key != member.public_key:
-                    raise _disputed(line.index)
-                members[member.node] = member
             case PlanEntry() as plan:
                 _place(plans, plan.run, plan.plan_hash, line.index)
             case RoundEntry() as closed:
@@ -63,19 +83,23 @@ def replay(entries: Iterable[LedgerEntry]) -> Federation:
                 _place(credited, (credit.run, credit.epoch), credit, line.index)
             case ModelEntry() as model:
                 _place(models, model.run, model, line.index)
+            case _:
+                pass
     return Federation(
-        members=MappingProxyType(dict(sorted(members.items()))),
+        members=MappingProxyType(charter.members),
         plans=MappingProxyType(plans),
         rounds=MappingProxyType(rounds),
         credits=MappingProxyType(credited),
         models=MappingProxyType(models),
+        charter=charter,
     )
 
 
 def admit_member(ledger: Ledger, member: MemberEntry, at: str) -> Receipt | None:
-    """Enter a hospital, or its new declared numbers, into the log; None when the log already says exactly this.
+    """Enter a founder, or a member's new declared numbers, into the log; None when the log already says exactly this.
 
-    Raises BadInput when the name has another key, or the key another name: one hospital, one name, one key.
+    Raises BadInput when the name has another key, or the key another name: one hospital, one name, one key; and when
+    the federation has begun, because then its members vote on who joins.
     """
     members = replay(ledger.entries()).members
     if members.get(member.node) == member:
@@ -87,7 +111,119 @@ def admit_member(ledger: Ledger, member: MemberEntry, at: str) -> Receipt | None
                 f"{member.node}: this {'name' if same_name else 'key'} already belongs to a member",
                 "use the hospital's own name with its own key; a hospital that lost its key takes a new name",
             )
-    return ledger.append(member, at)
+    return enter(ledger, member, at)
+
+
+def founding_of(federation: str, plan: TrainingPlan) -> FoundingEntry:
+    """Return the policy that a first plan stands for: no plan may cost a patient more unless members vote for it."""
+    return FoundingEntry(
+        federation=federation,
+        privacy=PrivacyPolicy(
+            max_epsilon_training=plan.privacy.epsilon,
+            max_epsilon_heldout=plan.credit.epsilon,
+            unit=plan.privacy.unit,
+            min_patients=1,
+        ),
+        credit=CreditPolicy(max_pot_micro_credits_per_round=plan.credit.pot_micro_credits_per_round),
+    )
+
+
+def found_federation(ledger: Ledger, founding: FoundingEntry, at: str) -> bool:
+    """Enter the founding policy unless the log has one; whether it was entered now."""
+    if ledger.charter().founded:
+        return False
+    enter(ledger, founding, at)
+    return True
+
+
+def enter(ledger: Ledger, entry: Entry, at: str) -> Receipt:
+    """Log an entry if the rules of pipeline.charter allow it now. Raises BadInput saying why they do not."""
+    trial = replay(ledger.entries()).charter
+    if wrong := trial.take_entry(entry, at):
+        raise BadInput(f"the federation's rules refuse this {entry.kind}: {wrong}", "see docs/governance.md")
+    return ledger.append(entry, at)
+
+
+def decide(ledger: Ledger, at: str) -> tuple[DecisionEntry, ...]:
+    """Log the outcome of every open proposal that is settled now: by votes, by expiry, or because members changed."""
+    made: list[DecisionEntry] = []
+    while True:
+        charter = replay(ledger.entries()).charter
+        settled = ((name, charter.outcome(name, at)) for name in charter.open)
+        found = next(((name, accepted) for name, accepted in settled if accepted is not None), None)
+        if found is None:
+            return tuple(made)
+        made.append(DecisionEntry(proposal_hash=found[0], accepted=found[1]))
+        enter(ledger, made[-1], at)
+
+
+def check_plan(charter: Charter, plan: TrainingPlan) -> None:
+    """Raise CheckFailed when the federation has not decided what a run of this plan needs."""
+    if charter.privacy is None or charter.credit is None:
+        return
+    if charter.paused:
+        raise CheckFailed("the members have paused the federation", "propose to go on: islet federation propose")
+    pot = plan.credit.pot_micro_credits_per_round
+    if not charter.privacy.allows(plan) or pot > charter.credit.max_pot_micro_credits_per_round:
+        raise CheckFailed(
+            "the plan goes beyond the policy that the members decided",
+            "change the plan, or propose another policy: islet federation propose",
+        )
+
+
+def render_status(federation: Federation, now: str) -> str:
+    """Write members, policy and proposals as lines for a terminal."""
+    charter = federation.charter
+    if charter.privacy is None or charter.credit is None:
+        return "no founding policy: the federation has not begun"
+    privacy = charter.privacy
+    lines = [
+        f"federation {charter.federation}" + ("  PAUSED" if charter.paused else ""),
+        f"  members   {', '.join(charter.members)} (set {charter.member_set[:12]})",
+        f"  privacy   epsilon at most {privacy.max_epsilon_training:g} training, {privacy.max_epsilon_heldout:g}"
+        f" held-out, per {privacy.unit}; at least {privacy.min_patients} patients",
+        f"  credit    at most {charter.credit.max_pot_micro_credits_per_round} micro-credits a round",
+        f"  champion  {charter.champions[-1][:12] if charter.champions else 'none voted'}",
+    ]
+    for name, proposal in charter.open.items():
+        votes, may = charter.votes[name], charter.voters(proposal)
+        yes = sum(votes.values())
+        need = "two thirds" if charter.needs_two_thirds(proposal) else "more than half"
+        outcome = {None: "open", True: "accepted", False: "rejected"}[charter.outcome(name, now)]
+        lines.append(
+            f"  proposal  {name[:12]} {proposal_text(proposal)}: {yes} yes, {len(votes) - yes} no"
+            f" of {len(may)}; needs {need}; {outcome}; until {proposal.expires_at}"
+        )
+    lines += [f"  decided   {name[:12]} {'accepted' if yes else 'rejected'}" for name, yes in charter.decided.items()]
+    return "\n".join(lines)
+
+
+def proposal_text(proposal: Proposal) -> str:
+    """Write what a proposal wants."""
+    values = proposal.action.model_dump(mode="json", exclude={"action"})
+    told = ", ".join(f"{key} {value[:12] if isinstance(value, str) else value}" for key, value in values.items())
+    return f"{proposal.action.action} ({told}) by {proposal.proposed_by}"
+
+
+def governance_summary(entry: Entry) -> str:
+    """Write an entry of the members' decisions as a line."""
+    match entry:
+        case FoundingEntry():
+            return f"{entry.federation}: epsilon at most {entry.privacy.max_epsilon_training:g}"
+        case ProposalEntry():
+            return f"{content_hash(entry.proposal)[:12]} {proposal_text(entry.proposal)}"
+        case VoteEntry():
+            return f"{entry.vote.node} {'for' if entry.vote.approve else 'against'} {entry.vote.proposal_hash[:12]}"
+        case DecisionEntry():
+            return f"{entry.proposal_hash[:12]} {'accepted' if entry.accepted else 'rejected'}"
+        case AttestationEntry():
+            return _attested(entry.attestation)
+        case _:
+            return ""
+
+
+def _attested(said: Attestation) -> str:
+    return f"{said.node}: spent epsilon {said.epsilon_training:.2f} training, {said.epsilon_heldout:.2f} held-out"
 
 
 def _place(known: dict[Key, Value], key: Key, value: Value, index: int) -> None:

@@ -24,6 +24,7 @@ from data_schemas.errors import BadInput, CheckFailed, StorageFailed, Tampered
 from data_schemas.ledger import Entry, LedgerEntry, MemberEntry, Receipt
 from pipeline import checkpoint as notes
 from pipeline import merkle
+from pipeline.charter import Charter
 from pipeline.checkpoint import Checkpoint
 from pipeline.inclusion import split_payload
 from pipeline.signing import PrivateKey, verify, write_durably
@@ -58,6 +59,7 @@ class Ledger:
         notes.empty(origin)  # refuses a malformed origin before anything is written
         self.path, self._key, self._origin = path, key, origin
         self._tree = merkle.Tree()
+        self._charter, self._replayed = Charter(), 0
         with _disk(path):
             # EXTRA is FULL plus a sync of the folder after the rollback journal is removed: without it a power cut
             # could bring the journal back and undo an entry whose receipt was given.
@@ -113,10 +115,21 @@ class Ledger:
         return iter(read_entries(self.path))
 
     def members(self) -> dict[str, MemberEntry]:
-        """Return the newest member entry of every hospital, by name."""
-        rows = self._query("SELECT payload FROM entries WHERE instr(payload, ?) ORDER BY idx", b'"kind":"member"')
-        found = (_parse(self.path, row[0]).entry for row in rows)
-        return {entry.node: entry for entry in found if isinstance(entry, MemberEntry)}
+        """Return the members as the log's entries and decisions make them, by name."""
+        return self.charter().members
+
+    def charter(self) -> Charter:
+        """Return what the federation has decided so far."""
+        while self._replayed < self.size:
+            (row,) = self._query("SELECT payload FROM entries WHERE idx = ?", self._replayed)
+            self._charter.take(_parse(self.path, row[0]))
+            self._replayed += 1
+        return self._charter
+
+    def payloads(self, start: int) -> tuple[str, ...]:
+        """Return the canonical text of the entries from `start` on, for nodes that keep a copy."""
+        rows = self._query("SELECT payload FROM entries WHERE idx >= ? ORDER BY idx", start)
+        return tuple(bytes(row[0]).decode() for row in rows)
 
     def receipt(self, index: int) -> Receipt:
         """Prove that an entry is in the tree of the present size."""
@@ -180,7 +193,7 @@ class Ledger:
 
     def _check_membership(self, entry: Entry) -> None:
         if not isinstance(entry, MemberEntry):
-            return
+            return  # what governs the other kinds is checked by aggregator.governance before they come here
         known = self.members().get(entry.node)
         if known is not None and known.public_key != entry.public_key:
             raise BadInput(

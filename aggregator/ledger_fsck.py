@@ -102,7 +102,7 @@ def _copy_entries(source: sqlite3.Connection, target: sqlite3.Connection, key: s
     tree, replay = merkle.Tree(), Replay()
     for index, payload in _rows(source, "SELECT idx, payload FROM entries ORDER BY idx"):
         entry = _sound(index, payload, tree.size, key)
-        wrong = "damaged or missing" if entry is None else fault(entry.entry, replay, payload)
+        wrong = "damaged or missing" if entry is None else fault(entry.entry, replay, payload, entry.recorded_at)
         if entry is None or wrong:
             return tree, replay, f"entry {tree.size}: {wrong}"
         leaf = merkle.leaf_hash(payload)

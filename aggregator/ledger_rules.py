@@ -11,6 +11,7 @@ from data_schemas.canonical import canonical_bytes
 from data_schemas.errors import BadInput
 from data_schemas.ledger import CreditEntry, Entry, MemberEntry, ModelEntry, PlanEntry, RoundEntry
 from data_schemas.messages import SignedRelease, SignedUpdate
+from pipeline.charter import Charter
 from pipeline.signing import verify
 
 # An update or a release inside an entry, as canonical JSON writes it: what was signed, and the signature.
@@ -19,8 +20,9 @@ _SIGNED = re.compile(rb'"(?:manifest|release)":(\{[^\n]*?\}),"signature":"([0-9a
 
 @dataclass
 class Replay:
-    """What the entries so far have established; fault() takes the next one in."""
+    """What the entries so far have established; fault() takes the next one in. members: all there ever were."""
 
+    charter: Charter = field(default_factory=Charter)
     members: dict[str, MemberEntry] = field(default_factory=dict)
     plans: dict[str, str] = field(default_factory=dict)
     last_round: dict[str, RoundEntry] = field(default_factory=dict)
@@ -33,15 +35,16 @@ class Replay:
     unpaid: int = 0
 
 
-def fault(entry: Entry, so_far: Replay, payload: bytes = b"") -> str:
+def fault(entry: Entry, so_far: Replay, payload: bytes = b"", at: str = "") -> str:
     """Say what is wrong with the next entry; empty when nothing is, and then `so_far` has taken it in.
 
     `payload` is the entry as logged: what members signed is cut out of it instead of being written anew.
     """
     so_far.counts[entry.kind] = so_far.counts.get(entry.kind, 0) + 1
+    if wrong := so_far.charter.take_entry(entry, at):
+        return wrong
+    so_far.members.update(so_far.charter.members)
     match entry:
-        case MemberEntry():
-            return _member_fault(entry, so_far)
         case PlanEntry():
             return _plan_fault(entry, so_far)
         case RoundEntry():
@@ -50,14 +53,8 @@ def fault(entry: Entry, so_far: Replay, payload: bytes = b"") -> str:
             return _credit_fault(entry, so_far, payload)
         case ModelEntry():
             return _model_fault(entry, so_far)
-
-
-def _member_fault(entry: MemberEntry, so_far: Replay) -> str:
-    known = so_far.members.setdefault(entry.node, entry)
-    if known.public_key != entry.public_key:
-        return f"{entry.node} is a member with another key"
-    so_far.members[entry.node] = entry
-    return ""
+        case _:
+            return ""
 
 
 def _plan_fault(entry: PlanEntry, so_far: Replay) -> str:
@@ -140,7 +137,7 @@ def _credit_fault(entry: CreditEntry, so_far: Replay, payload: bytes) -> str:
     for signed, message in zip(entry.releases, _signed_parts(entry.releases, payload), strict=True):
         found = _release_fault(signed, message, entry, so_far)
         wrong = wrong or (found and f"release of {signed.release.node}: {found}")
-    wrong = wrong or _sum_fault(entry)
+    wrong = wrong or _sum_fault(entry, so_far)
     if wrong:
         return wrong
     so_far.epochs.add((entry.run, entry.epoch))
@@ -163,13 +160,13 @@ def _epoch_fault(entry: CreditEntry, rounds: set[tuple[str, int]], so_far: Repla
     return ""
 
 
-def _sum_fault(entry: CreditEntry) -> str:
+def _sum_fault(entry: CreditEntry, so_far: Replay) -> str:
     if sum(line.micro_credits for line in entry.lines) + entry.unpaid_micro_credits != entry.pot_micro_credits:
         return "credits and unpaid do not sum to the pot"
     try:
-        lines, unpaid = credit(
-            [s.release for s in entry.releases], [line.node for line in entry.lines], entry.pot_micro_credits
-        )
+        declared = {name: member.declared_training_patients for name, member in so_far.members.items()}
+        releases, nodes = [s.release for s in entry.releases], [line.node for line in entry.lines]
+        lines, unpaid = credit(releases, nodes, entry.pot_micro_credits, declared)
     except BadInput as error:
         return error.message
     return "" if (lines, unpaid) == (entry.lines, entry.unpaid_micro_credits) else "credits do not follow from releases"

@@ -34,7 +34,7 @@ from aggregator.aggregation import (
 )
 from aggregator.collecting import Collected, collect
 from aggregator.courier import Courier, Incoming, Outgoing
-from aggregator.governance import Federation, replay
+from aggregator.governance import Federation, check_plan, replay
 from aggregator.ledger import Ledger
 from aggregator.progress import Observer, RoundSummary
 from aggregator.settings import AggregatorSettings
@@ -44,6 +44,7 @@ from data_schemas.errors import BadInput, CheckFailed
 from data_schemas.ledger import CreditEntry, ModelEntry, PlanEntry, RoundEntry
 from data_schemas.messages import ReleaseTask
 from data_schemas.plan import RELATION, TrainingPlan
+from pipeline.charter import run_name
 from pipeline.checkpoint import SignedCheckpoint
 from pipeline.wire import from_record, to_record
 
@@ -103,8 +104,7 @@ class _Desk:
 
 def run_identity(federation: str, plan: TrainingPlan, initial_weights: Vector) -> str:
     """Name a run after what it is, so the same command finds its own state, ledger entries and stored replies."""
-    what = {"federation": federation, "plan": content_hash(plan), "model": model_hash(initial_weights)}
-    return f"{plan.name}-{content_hash(what)[:12]}"
+    return run_name(federation, plan, model_hash(initial_weights))
 
 
 def run_federation(
@@ -127,7 +127,9 @@ def run_federation(
     run = run_identity(settings.federation, plan, initial_weights)
     desk = _Desk(courier, settings, plan, run, ledger, state, observer, clock)
     _check_members(desk)
+    check_plan(desk.federation().charter, plan)
     ledger.append_once(("plan", run), PlanEntry(run=run, plan_hash=content_hash(plan)), desk.now())
+    _show_ledger(desk)
     server, epsilon_by_node, done = initial_state(initial_weights), dict[str, float](), 0
     checkpoint = state.newest(run)
     if checkpoint is not None:
@@ -136,9 +138,10 @@ def run_federation(
         server, done = checkpoint.server, checkpoint.record.round
         epsilon_by_node = dict(checkpoint.record.summary.epsilon_by_node)
     for number in range(done + 1, plan.rounds + 1):
-        step = _train(desk, number, server, epsilon_by_node)
+        step = _train(desk, number, server, epsilon_by_node, checkpoint)
         state.save(step)
         _close(desk, step)
+        checkpoint = step
         server, epsilon_by_node = step.server, dict(step.record.summary.epsilon_by_node)
     return _publish(desk, server, epsilon_by_node, done or None)
 
@@ -162,7 +165,9 @@ def _check_head(desk: _Desk, record: RoundRecord) -> None:
         )
 
 
-def _train(desk: _Desk, number: int, server: ServerState, epsilon_by_node: dict[str, float]) -> Checkpoint:
+def _train(
+    desk: _Desk, number: int, server: ServerState, epsilon_by_node: dict[str, float], before: Checkpoint | None
+) -> Checkpoint:
     """Ask, collect, admit and step: a checkpoint that is not saved yet."""
     started, federation = time.monotonic(), desk.federation()
     expected = Expectation(
@@ -173,6 +178,7 @@ def _train(desk: _Desk, number: int, server: ServerState, epsilon_by_node: dict[
         base_model_hash=model_hash(server.weights),
         dimension=server.weights.shape[0],
         seen_hashes=federation.update_hashes(desk.run, number),
+        earlier=() if before is None else (before.server.weights - before.base, *before.updates),
     )
     closed = federation.rounds.get((desk.run, number))
     collected = collect(
@@ -202,7 +208,7 @@ def _record(
     seconds: float,
 ) -> RoundRecord:
     head = SignedCheckpoint.from_text(desk.ledger.checkpoint()).checkpoint
-    mean, new_hash = mean_update(collected.admitted), model_hash(stepped.weights)
+    mean, new_hash = mean_update(collected.admitted, desk.plan.server.rule), model_hash(stepped.weights)
     summary = RoundSummary(
         run=expected.run,
         round=expected.round,
@@ -237,6 +243,7 @@ def _close(desk: _Desk, checkpoint: Checkpoint) -> None:
     record = checkpoint.record
     entry = RoundEntry(**record.model_dump(include=set(RoundEntry.model_fields) - {"kind"}))
     desk.ledger.append_once(("round", desk.run, record.round), entry, desk.now())
+    _show_ledger(desk)
     _tell(desk.observer, partial(desk.observer.round_closed, record.summary))
     epoch, federation = epochs.epoch_of(record.round, desk.plan), desk.federation()
     if (desk.run, epoch) in federation.credits:
@@ -271,6 +278,12 @@ def _close_epoch(desk: _Desk, epoch: int, federation: Federation) -> None:
     desk.ledger.append_once(("credit", desk.run, epoch), entry, desk.now())
     _tell(desk.observer, partial(desk.observer.epoch_closed, entry))
     _cosign(desk)
+
+
+def _show_ledger(desk: _Desk) -> None:
+    """Bring every node's copy of the ledger up to date: it trains and scores only what it finds there."""
+    if desk.federation().charter.founded:
+        _cosign(desk)
 
 
 def _cosign(desk: _Desk) -> tuple[str, ...]:

@@ -9,11 +9,13 @@ cosigned) shows the cut, so give it as `witnessed`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import ValidationError
 
+from aggregator.governance import governance_summary
 from aggregator.ledger import CHECKPOINT_FILE, once_mark
 from aggregator.ledger_file import HINT, LedgerFile, check_structure, open_ledger_file
 from aggregator.ledger_rules import Replay, fault, nickname
@@ -138,7 +140,11 @@ def _bytes_fault(leaf: bytes, payload: bytes, key: str | None) -> str:
 def _content_fault(entry: LedgerEntry | None, payload: bytes, index: int, replay: Replay) -> str:
     if entry is None:
         return "not a ledger entry"
-    return fault(entry.entry, replay, payload) if entry.index == index else f"it says it is entry {entry.index}"
+    return (
+        fault(entry.entry, replay, payload, entry.recorded_at)
+        if entry.index == index
+        else f"it says it is entry {entry.index}"
+    )
 
 
 def _parse(payload: bytes) -> LedgerEntry | None:
@@ -208,10 +214,14 @@ def _verified_head(note: str, tree: merkle.Tree, key: str) -> Checkpoint:
 
 
 def _verify_cosigner(head: Checkpoint, line: str, name: str, replay: Replay) -> None:
-    member = replay.members.get(name)
-    if member is None:
+    keys = replay.charter.keys.get(name)
+    if keys is None:
         raise CheckFailed(f"cosigned by {name!r}, not a member")
-    notes.verify_cosignature(head, line, name, member.public_key)
+    for older in keys[:-1]:  # a key that was rotated out still vouches for what it cosigned then
+        with suppress(CheckFailed):
+            notes.verify_cosignature(head, line, name, older)
+            return
+    notes.verify_cosignature(head, line, name, keys[-1])
 
 
 def _reason(error: Exception) -> str:
@@ -265,6 +275,8 @@ def _summary(entry: Entry) -> str:
             worst = max(entry.epsilon_by_node.values(), default=0.0)
             privacy = f"epsilon <= {worst:.2f}, delta {entry.delta:g} per {entry.unit}"
             return f"run {entry.run} round {entry.round}: model {entry.model_hash[:8]}, {privacy}"
+        case _:
+            return governance_summary(entry)
 
 
 def export(path: Path, out: Path) -> int:

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from data_schemas.frozen import Frozen
+from data_schemas.governance import AttestationEntry, DecisionEntry, FoundingEntry, ProposalEntry, VoteEntry
 from data_schemas.messages import Hex32, SignedRelease, SignedUpdate
 
 
@@ -86,7 +87,19 @@ class ModelEntry(Frozen):
     epsilon_by_node: dict[str, float]
 
 
-Entry = Annotated[MemberEntry | PlanEntry | RoundEntry | CreditEntry | ModelEntry, Field(discriminator="kind")]
+Entry = Annotated[
+    MemberEntry
+    | PlanEntry
+    | RoundEntry
+    | CreditEntry
+    | ModelEntry
+    | FoundingEntry
+    | ProposalEntry
+    | VoteEntry
+    | DecisionEntry
+    | AttestationEntry,
+    Field(discriminator="kind"),
+]
 
 
 class LedgerEntry(Frozen):

@@ -32,6 +32,14 @@ class RefusalCode(StrEnum):
     NODE_BUSY = "node-busy"
     MALFORMED_TASK = "malformed-task"
     INTERNAL = "internal"
+    LEDGER_BREAKS_RULES = "ledger-breaks-rules"
+    ALARM = "alarm"
+    NOT_FOUNDED = "not-founded"
+    FEDERATION_PAUSED = "federation-paused"
+    NOT_A_MEMBER = "not-a-member"
+    PLAN_NOT_DECIDED = "plan-not-decided"
+    PLAN_OUTSIDE_POLICY = "plan-outside-policy"
+    MODEL_NOT_DECIDED = "model-not-decided"
 
 
 class Refusal(Frozen):
@@ -177,12 +185,16 @@ class SignedRelease(Frozen):
 
 
 class CosignTask(Frozen):
-    """Ask a witness to cosign a checkpoint that extends the one it last cosigned (RFC 6962 section 2.1.2)."""
+    """Ask a witness to cosign a checkpoint that extends the one it last cosigned (RFC 6962 section 2.1.2).
+
+    `entries`: the canonical text of the entries from old_size on, for a node that keeps its own copy of the ledger.
+    """
 
     federation: str
     checkpoint: str
     old_size: int
     consistency_proof: tuple[Hex32, ...]
+    entries: tuple[str, ...] | None = None
 
 
 class WitnessState(Frozen):

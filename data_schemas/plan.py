@@ -15,6 +15,8 @@ from data_schemas.units import DELTA
 
 # The unit of privacy is part of every statement; weaker units are named, never implied.
 PrivacyUnit = Literal["patient", "day (weaker than patient)", "window (weaker than patient)"]
+# How a round's updates become one step; defined in pipeline/robust.py.
+AggregationRule = Literal["patient-weighted-mean", "norm-bounded-mean"]
 RELATION = "add or remove one patient's whole record at one hospital"
 
 
@@ -57,11 +59,12 @@ class LocalSpec(Frozen):
 
 
 class ServerSpec(Frozen):
-    """The server step on the patient-weighted mean of updates; the last rounds' models are averaged."""
+    """The server step on the mean of updates under the federation's rule; the last rounds' models are averaged."""
 
     learning_rate: float = Field(gt=0)
     momentum: float = Field(ge=0, lt=1)
     average_last_rounds: int = Field(ge=1)
+    rule: AggregationRule = "patient-weighted-mean"
 
 
 class CreditPlan(Frozen):

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from data_schemas.canonical import bytes_hash, canonical_bytes, content_hash
 from data_schemas.messages import PrivacySpend, Refusal, RefusalCode, SignedUpdate, TrainTask, UpdateManifest
-from hospital_node import replies
+from hospital_node import ledger_view, replies
 from hospital_node.budget import BudgetBook, BudgetExhausted, Reservation
 from hospital_node.ceilings import Declined, check_training, require
 from hospital_node.cohorts import training_windows
@@ -66,6 +66,7 @@ def _train(node: NodeFolder, task: TrainTask, weights: Vector, now_unix: float) 
     book = node.budget()
     if (stored := book.stored_reply(task.task_id)) is not None:
         return replies.unpack(SignedUpdate, stored)
+    ledger_view.check_training(node, task)
     check_training(node.settings, book, task.plan, task.run, task.round)
     windows = training_windows(node, task.plan.model.history_minutes)
     _check_deadline(node, now_unix + time.monotonic() - started, task.deadline_unix)

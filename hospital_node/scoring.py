@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,10 +19,14 @@ from numpy.typing import NDArray
 from data_schemas.canonical import bytes_hash, content_hash
 from data_schemas.messages import Refusal, RefusalCode, Scored, ScoreTask, SignedUpdate, TrainTask
 from data_schemas.units import HORIZON_MINUTES
-from hospital_node import replies, scores
+from hospital_node import ledger_view, replies, scores
 from hospital_node.cohorts import held_out_windows
 from hospital_node.folder import NodeFolder
+from pipeline.robust import mean_of, norm_factors
 from pipeline.shapley import MAX_NODES, coalition_masks, exact_shapley
+
+if TYPE_CHECKING:
+    from pipeline.windows import Windows
 
 Vector = NDArray[np.float32]
 _SCORED_MINUTES = (30, 60)
@@ -67,7 +72,8 @@ def shapley_by_patient(
     task: ScoreTask, base: Vector, updates: Vector, held_out: HeldOut
 ) -> dict[str, NDArray[np.float64]]:
     """Exact Shapley vector float64[n], in mg/dL, of every held-out patient."""
-    models = coalition_models(base, updates, np.array(task.shares), task.plan.server.learning_rate)
+    factors = norm_factors(updates, task.shares, task.plan.server.rule)
+    models = coalition_models(base, updates, factors * np.array(task.shares), task.plan.server.learning_rate)
     utilities = patient_utilities(models, 1 << len(task.nodes), held_out, task.plan.model.hidden_size)
     return dict(zip(held_out.patients, exact_shapley(utilities), strict=True))
 
@@ -111,7 +117,11 @@ def patient_utilities(models: Iterator[Vector], count: int, held_out: HeldOut, h
 
 def load_held_out(node: NodeFolder, history_minutes: int, windows_per_patient: int) -> HeldOut:
     """Up to `windows_per_patient` windows of every held-out patient, evenly spread over the record: always the same."""
-    windows = held_out_windows(node, history_minutes)
+    return heldout_of(held_out_windows(node, history_minutes), windows_per_patient)
+
+
+def heldout_of(windows: Windows, windows_per_patient: int) -> HeldOut:
+    """Pick evenly spread windows of every patient and gather them."""
     chosen = [_spread(windows.anchors[a:b], windows_per_patient) for a, b in windows.by_patient()]
     owner = np.repeat(np.arange(len(chosen)), [len(anchors) for anchors in chosen])
     batch = windows.gather(np.concatenate([*chosen, np.zeros(0, dtype=np.int64)]))
@@ -160,14 +170,21 @@ def _well_formed(task: ScoreTask, base: Vector, updates: Vector) -> bool:
 
 
 def _as_signed(node: NodeFolder, task: ScoreTask, base: Vector, updates: Vector) -> bool:
-    """Check the hashes, this node's own update, and the new model where no momentum of the server hides it."""
+    """Check the hashes, this node's own update, and the new model where no momentum of the server hides it.
+
+    A logged model that is not the sum of the logged updates raises the node's alarm.
+    """
     hashes = [bytes_hash(np.ascontiguousarray(update).tobytes()) for update in updates]
     if bytes_hash(np.ascontiguousarray(base).tobytes()) != task.base_model_hash or hashes != list(task.update_hashes):
         return False
     own = dict(zip(task.nodes, hashes, strict=True)).get(node.settings.name)
     if own is not None and own != _signed_hash(node, task):
         return False
-    return task.plan.server.momentum > 0 or bytes_hash(_stepped(task, base, updates).tobytes()) == task.new_model_hash
+    if task.plan.server.momentum > 0:
+        return True
+    recomputed = bytes_hash(_stepped(task, base, updates).tobytes())
+    ledger_view.raise_alarm_if_false(node, task, recomputed)
+    return recomputed == task.new_model_hash
 
 
 def _signed_hash(node: NodeFolder, task: ScoreTask) -> str | None:
@@ -186,7 +203,5 @@ def _signed_hash(node: NodeFolder, task: ScoreTask) -> str | None:
 
 def _stepped(task: ScoreTask, base: Vector, updates: Vector) -> Vector:
     """Weights after a server step without momentum, in float64 and in the order of the nodes."""
-    mean = np.zeros(len(base), dtype=np.float64)
-    for share, update in zip(task.shares, updates, strict=True):
-        mean += share * update.astype(np.float64)
+    mean = mean_of(updates, task.shares, task.plan.server.rule)
     return (base.astype(np.float64) + task.plan.server.learning_rate * mean).astype(np.float32)

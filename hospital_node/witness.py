@@ -15,6 +15,7 @@ from data_schemas.canonical import canonical_bytes
 from data_schemas.errors import BadInput, CheckFailed, StorageFailed, Tampered
 from data_schemas.frozen import Frozen
 from data_schemas.messages import Cosigned, CosignTask, Refusal, RefusalCode, WitnessState
+from hospital_node import ledger_view
 from hospital_node.folder import NodeFolder
 from pipeline import checkpoint
 from pipeline.checkpoint import Checkpoint
@@ -30,7 +31,7 @@ class _Seen(Frozen):
     note: str
 
 
-def cosign(node: NodeFolder, task: CosignTask, at_unix: int) -> Cosigned | WitnessState | Refusal:
+def cosign(node: NodeFolder, task: CosignTask, at_unix: int) -> Cosigned | WitnessState | Refusal:  # noqa: PLR0911
     """Cosign a checkpoint at `at_unix` seconds, or say where this witness stands, or refuse a fork.
 
     What was cosigned is on the disk before the cosignature is returned: a witness that forgot could be led to cosign
@@ -46,9 +47,14 @@ def cosign(node: NodeFolder, task: CosignTask, at_unix: int) -> Cosigned | Witne
     except CheckFailed:
         return Refusal(code=RefusalCode.LEDGER_FORK)
     seen = last_seen(node) or checkpoint.empty(new.origin)
-    if task.old_size != seen.size:
-        return WitnessState(size=seen.size)
-    if not checkpoint.extends(seen, new, task.consistency_proof):
+    stands = seen.size if task.entries is None else len(ledger_view.payloads(node))
+    if task.old_size != stands:
+        return WitnessState(size=stands)
+    if task.entries is not None:
+        wrong = ledger_view.extend(node, seen, new, task.old_size, task.entries)
+        if wrong is not None:
+            return Refusal(code=wrong)
+    elif not checkpoint.extends(seen, new, task.consistency_proof):
         return Refusal(code=RefusalCode.LEDGER_FORK)
     _remember(node, new, task.checkpoint)
     return Cosigned(cosignature=checkpoint.cosign(new, node.key, node.settings.name, at_unix))

@@ -35,7 +35,7 @@ ledger = typer.Typer(no_args_is_help=True, help="The credit ledger: verify, show
 app.add_typer(node, name="node")
 app.add_typer(aggregator, name="aggregator")
 app.add_typer(ledger, name="ledger")
-cli_federation.register(ledger)
+cli_federation.register(app, ledger)
 
 AggregatorPath = Annotated[Path, typer.Argument(metavar="AGGREGATOR", help="The aggregator's folder.")]
 NodePaths = Annotated[list[Path], typer.Option("--node", help="A node folder on this machine; repeat for each.")]
@@ -103,6 +103,7 @@ def node_init(
 def node_status(path: NodePath) -> None:
     """Show who the node is, what it holds and what its patients have spent."""
     from hospital_node.folder import NodeFolder
+    from hospital_node.ledger_view import alarm
     from hospital_node.store import Store
 
     with NodeFolder.open(path) as home:
@@ -112,6 +113,8 @@ def node_status(path: NodePath) -> None:
         say(f"store       {counts.readings:,} readings of {counts.patients:,} patients")
         say(f"declared    {home.settings.declared_training_patients} training, "
             f"{home.settings.declared_heldout_patients} held-out patients")  # fmt: skip
+        if (raised := alarm(home)) is not None:
+            say(f"ALARM       {raised}; this node trains no further")
         for cohort, ceiling in _ceilings(home).items():
             say(f"privacy     {cohort}: patient-level epsilon {book.spent(cohort):.2f} of {ceiling:.2f}")
 

@@ -184,14 +184,15 @@ def found(
 
 
 def admit(folder: AggregatorFolder, nodes: Sequence[Path]) -> None:
-    """Enter hospitals into the ledger as members; one that is a member already is left as it is."""
-    from aggregator.governance import admit_member
+    """Enter the founding policy and the founders into the ledger; a member that is there already is left as it is."""
+    from aggregator.governance import admit_member, found_federation, founding_of
 
     members = [_member(home, folder.settings.federation) for home in nodes]
-    ledger = folder.open_ledger()
+    ledger, now = folder.open_ledger(), datetime.now(UTC).isoformat(timespec="seconds")
     try:
+        found_federation(ledger, founding_of(folder.settings.federation, folder.load_plan()), now)
         for member in members:
-            admit_member(ledger, member, datetime.now(UTC).isoformat(timespec="seconds"))
+            admit_member(ledger, member, now)
     finally:
         ledger.close()
 

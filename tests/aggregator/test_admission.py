@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -156,3 +157,19 @@ def test_honest_noise_stays_far_below_the_norm_bound(dimension: int) -> None:
         worst = max(worst, float(np.linalg.norm(total)))
     bound = max_update_norm(plan, patients, dimension)
     assert worst < bound < 10 * worst
+
+
+def test_an_update_without_its_noise_is_not_private() -> None:
+    """An empty update, or one far quieter than the plan's noise, was not made by the plan."""
+    for quiet in (np.zeros_like(DELTA), DELTA * np.float32(0.01)):
+        assert code(small.signed_update("alder", TASK, quiet), quiet) == RejectionCode.NOT_PRIVATE
+
+
+def test_a_copy_is_rejected_however_it_is_scaled() -> None:
+    """What points where the last step or a colleague's update points is a copy; another honest update is not."""
+    colleague = small.honest_delta("birch", TASK)
+    known = replace(EXPECTED, earlier=(np.zeros_like(DELTA), colleague))
+    assert isinstance(admit(small.signed_update("alder", TASK, DELTA), DELTA, known, MEMBERS, "alder"), AdmittedUpdate)
+    for factor in (0.9, 1.1):
+        copy = (colleague * np.float32(factor)).astype(np.float32)
+        assert code(small.signed_update("alder", TASK, copy), copy, known) == RejectionCode.COPIED

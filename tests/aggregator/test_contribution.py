@@ -75,12 +75,34 @@ def test_liars_below_half_do_not_become_top_earners(seed: int) -> None:
 
 
 def test_weights_are_heldout_patients() -> None:
-    """A scorer with more held-out patients than the others together decides; one with fewer does not."""
-    small = [_release(n, [1.0, 1.0, 2.0], patients=10, nodes=NODES[:3]) for n in NODES[:3]]
-    large = [_release("alpha", [1.0, 5.0, 2.0], patients=11, nodes=NODES[:3]), *small[1:]]
+    """A scorer with more held-out patients counts for more."""
+    nodes, said = NODES[:5], (9.0, 1.0, 2.0, 3.0, 4.0)
+    even = [_release(n, [v] * 5, patients=10, nodes=nodes) for n, v in zip(nodes, said, strict=True)]
+    heavy = [*even[:3], _release("delta", [3.0] * 5, patients=20, nodes=nodes), even[4]]
 
-    assert credit(small, NODES[:3], POT)[0][1].shapley_mg_dl == 1.0
-    assert credit(large, NODES[:3], POT)[0][1].shapley_mg_dl == 5.0
+    assert credit(even, nodes, POT)[0][0].shapley_mg_dl == 2.5
+    assert credit(heavy, nodes, POT)[0][0].shapley_mg_dl == 3.0
+
+
+def test_no_scorer_alone_decides() -> None:
+    """A hospital with most of the held-out patients moves no score beyond what another hospital says."""
+    nodes = NODES[:4]
+    others = [_release(n, [v] * 4, patients=3, nodes=nodes) for n, v in zip(nodes[1:], (1.0, 2.0, 3.0), strict=True)]
+    giant = _release("alpha", [400.0] * 4, patients=1000, nodes=nodes)
+
+    assert credit([giant, *others], nodes, POT)[0][1].shapley_mg_dl == 3.0
+
+
+def test_below_the_floor_nothing_is_paid() -> None:
+    """A node that adds less than a quarter of the mean per declared patient earns nothing; a small honest one earns."""
+    nodes = NODES[:4]
+    releases = [_release(n, [1.0, 1.0, 0.1, 0.1], patients=10, nodes=nodes) for n in nodes]
+    declared = dict(zip(nodes, (40, 40, 40, 4), strict=True))
+
+    lines, unpaid = credit(releases, nodes, POT, declared)
+
+    assert [line.micro_credits > 0 for line in lines] == [True, True, False, True]
+    assert sum(line.micro_credits for line in lines) + unpaid == POT
 
 
 def test_half_of_the_weight_falls_between_two_values() -> None:

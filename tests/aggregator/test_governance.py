@@ -25,12 +25,12 @@ def ledger(tmp_path: Path) -> Iterator[Ledger]:
     book.close()
 
 
-def test_members_are_those_in_the_log_by_name(ledger: Ledger) -> None:
+def test_members_are_those_in_the_log_as_they_joined(ledger: Ledger) -> None:
     """Whoever was admitted is a member, with the key and numbers of its entry; nobody else is."""
     for name in ("birch", "alder"):
         admit_member(ledger, small.member(name), AT)
     members = replay(ledger.entries()).members
-    assert list(members) == ["alder", "birch"]
+    assert list(members) == ["birch", "alder"]
     assert members["alder"] == small.member("alder")
 
 

@@ -1,0 +1,186 @@
+"""What members decide together, as they sign it: proposals, votes, and the decisions that follow from them.
+
+One hospital, one vote. Every signed value binds the federation, the members at the time and, for a vote, the hash of
+the proposal, so none can be used again elsewhere or later. Signatures are Ed25519 over the RFC 8785 bytes.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from data_schemas.frozen import Frozen
+from data_schemas.plan import PrivacyUnit, TrainingPlan
+
+Hex32 = str
+NodeName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
+Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class PrivacyPolicy(Frozen):
+    """The most that any plan may cost a patient, and the fewest declared training patients a node trains on."""
+
+    max_epsilon_training: float = Field(gt=0)
+    max_epsilon_heldout: float = Field(gt=0)
+    unit: PrivacyUnit = "patient"
+    min_patients: int = Field(ge=1)
+
+    def weaker_than(self, other: PrivacyPolicy) -> bool:
+        """Whether this protects less than the other in any respect."""
+        return (
+            self.max_epsilon_training > other.max_epsilon_training
+            or self.max_epsilon_heldout > other.max_epsilon_heldout
+            or self.min_patients < other.min_patients
+            or self.unit not in {other.unit, "patient"}
+        )
+
+    def allows(self, plan: TrainingPlan) -> bool:
+        """Whether a plan stays inside."""
+        return (
+            plan.privacy.epsilon <= self.max_epsilon_training
+            and plan.credit.epsilon <= self.max_epsilon_heldout
+            and plan.privacy.unit in ("patient", self.unit)
+        )
+
+
+class CreditPolicy(Frozen):
+    """What a round may pay, in micro-credits."""
+
+    max_pot_micro_credits_per_round: int = Field(ge=1, lt=2**53)
+
+
+class Admit(Frozen):
+    """A hospital joins."""
+
+    action: Literal["admit"] = "admit"
+    node: NodeName
+    public_key: Hash
+    declared_training_patients: int = Field(ge=1)
+    declared_heldout_patients: int = Field(ge=0)
+
+
+class Remove(Frozen):
+    """A hospital leaves; it does not vote on this."""
+
+    action: Literal["remove"] = "remove"
+    node: NodeName
+
+
+class RotateKey(Frozen):
+    """A hospital gets another key."""
+
+    action: Literal["rotate-key"] = "rotate-key"
+    node: NodeName
+    public_key: Hash
+
+
+class SetPrivacy(Frozen):
+    """Another privacy policy."""
+
+    action: Literal["privacy-policy"] = "privacy-policy"
+    policy: PrivacyPolicy
+
+
+class SetCredit(Frozen):
+    """Another credit policy."""
+
+    action: Literal["credit-policy"] = "credit-policy"
+    policy: CreditPolicy
+
+
+class Promote(Frozen):
+    """A published model becomes the champion."""
+
+    action: Literal["promote"] = "promote"
+    model_hash: Hash
+
+
+class RollBack(Frozen):
+    """An earlier champion is the champion again."""
+
+    action: Literal["roll-back"] = "roll-back"
+    model_hash: Hash
+
+
+class Pause(Frozen):
+    """Training stops, or goes on."""
+
+    action: Literal["pause"] = "pause"
+    paused: bool
+
+
+Action = Annotated[
+    Admit | Remove | RotateKey | SetPrivacy | SetCredit | Promote | RollBack | Pause, Field(discriminator="action")
+]
+
+
+class Proposal(Frozen):
+    """What a member signs to propose. member_set: hash of the members' names and keys; expires_at: UTC, ISO 8601."""
+
+    federation: str
+    action: Action
+    proposed_by: NodeName
+    member_set: Hash
+    expires_at: str
+
+
+class Vote(Frozen):
+    """What a member signs to vote."""
+
+    federation: str
+    proposal_hash: Hash
+    node: NodeName
+    member_set: Hash
+    approve: bool
+
+
+class FoundingEntry(Frozen):
+    """The policy that the founders start with; every node holds it against its own ceilings before it trains."""
+
+    kind: Literal["founding"] = "founding"
+    federation: str
+    privacy: PrivacyPolicy
+    credit: CreditPolicy
+
+
+class ProposalEntry(Frozen):
+    """A member's signed proposal."""
+
+    kind: Literal["proposal"] = "proposal"
+    proposal: Proposal
+    signature: str
+
+
+class VoteEntry(Frozen):
+    """A member's signed vote."""
+
+    kind: Literal["vote"] = "vote"
+    vote: Vote
+    signature: str
+
+
+class DecisionEntry(Frozen):
+    """The outcome of a proposal; it follows from the votes before it and takes effect here."""
+
+    kind: Literal["decision"] = "decision"
+    proposal_hash: Hash
+    accepted: bool
+
+
+class Attestation(Frozen):
+    """What a member signs about its privacy budget book: the book's head and both cohorts' totals."""
+
+    federation: str
+    node: NodeName
+    budget_head: Hash
+    epsilon_training: float = Field(ge=0)
+    epsilon_heldout: float = Field(ge=0)
+
+
+class AttestationEntry(Frozen):
+    """A member's signed budget attestation."""
+
+    kind: Literal["attestation"] = "attestation"
+    attestation: Attestation
+    signature: str

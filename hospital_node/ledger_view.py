@@ -1,0 +1,168 @@
+"""The node's own copy of the ledger: it replays what was decided, and trains on nothing else.
+
+ledger.jsonl holds the entries' canonical bytes, one a line, in order. It grows only by entries that lead to a
+checkpoint which the aggregator signed; the same step cosigns it (hospital_node.witness). alarm.json is written when
+what the aggregator logged cannot be true; while it is there the node trains no further.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+
+from pydantic import ValidationError
+
+from data_schemas.canonical import canonical_bytes, content_hash
+from data_schemas.errors import StorageFailed, Tampered
+from data_schemas.ledger import LedgerEntry
+from data_schemas.messages import RefusalCode, ScoreTask, TrainTask
+from data_schemas.plan import TrainingPlan
+from hospital_node.ceilings import require
+from hospital_node.folder import NodeFolder
+from pipeline import merkle
+from pipeline.charter import Charter, run_name
+from pipeline.checkpoint import Checkpoint
+from pipeline.inclusion import split_payload
+from pipeline.signing import verify, write_durably
+
+COPY, ALARM = "ledger.jsonl", "alarm.json"
+
+
+def payloads(node: NodeFolder) -> tuple[bytes, ...]:
+    """Return the entries that this node holds. A line that a crash cut short does not count."""
+    try:
+        content = (node.path / COPY).read_bytes()
+    except FileNotFoundError:
+        return ()
+    except OSError as error:
+        raise StorageFailed(f"{COPY}: cannot be read", "Check its owner and mode.") from error
+    return tuple(content.split(b"\n")[:-1])
+
+
+def charter_of(held: tuple[bytes, ...], public_key: str) -> Charter:
+    """Replay the entries. Raises Tampered when one is not the aggregator's or breaks the federation's rules."""
+    charter = Charter()
+    for index, payload in enumerate(held):
+        try:
+            line = LedgerEntry.model_validate_json(payload)
+        except ValidationError as error:
+            raise Tampered(COPY, index, "an entry cannot be read") from error
+        if line.index != index or not verify(public_key, *split_payload(payload)):
+            raise Tampered(COPY, index, "an entry is not the one that the aggregator signed")
+        if wrong := charter.take(line):
+            raise Tampered(COPY, index, f"an entry breaks the federation's rules ({wrong})")
+    return charter
+
+
+def extend(
+    node: NodeFolder, seen: Checkpoint, new: Checkpoint, old_size: int, entries: tuple[str, ...]
+) -> RefusalCode | None:
+    """Take in the entries from old_size on, or say why not; durable when this returns.
+
+    The whole copy must have the new checkpoint's root, and its beginning the root that this node cosigned before.
+    """
+    held = payloads(node)[:old_size]
+    grown = (*held, *(entry.encode() for entry in entries))
+    tree = merkle.Tree(merkle.leaf_hash(payload) for payload in grown)
+    if tree.size != new.size or tree.root() != new.root or seen.size > new.size or tree.root(seen.size) != seen.root:
+        return RefusalCode.LEDGER_FORK
+    if any("\n" in entry for entry in entries):
+        return RefusalCode.MALFORMED_TASK
+    try:
+        charter_of(grown, str(node.settings.aggregator_public_key))
+    except Tampered:
+        return RefusalCode.LEDGER_BREAKS_RULES
+    if entries:
+        _append(node, held, [entry.encode() for entry in entries])
+    return None
+
+
+def check_training(node: NodeFolder, task: TrainTask) -> None:
+    """Raise Declined unless the federation decided this round: founded, not paused, member, plan, policy, model.
+
+    A node that was made without the aggregator's key follows no ledger and decides by its own ceilings alone.
+    """
+    require(alarm(node) is None, RefusalCode.ALARM)
+    if node.settings.aggregator_public_key is None:
+        return
+    charter = charter_of(payloads(node), node.settings.aggregator_public_key)
+    require(charter.founded and charter.federation == task.federation, RefusalCode.NOT_FOUNDED)
+    require(not charter.paused, RefusalCode.FEDERATION_PAUSED)
+    own = charter.members.get(node.settings.name)
+    require(own is not None and own.public_key == node.key.public.hex, RefusalCode.NOT_A_MEMBER)
+    require(charter.plans.get(task.run) == content_hash(task.plan), RefusalCode.PLAN_NOT_DECIDED)
+    _check_policy(node, charter, task.plan)
+    require(_is_logged_base(charter, task), RefusalCode.MODEL_NOT_DECIDED)
+
+
+def _check_policy(node: NodeFolder, charter: Charter, plan: TrainingPlan) -> None:
+    privacy, credit = charter.privacy, charter.credit
+    allowed = privacy is not None and privacy.allows(plan)
+    pot = plan.credit.pot_micro_credits_per_round
+    require(
+        allowed and credit is not None and pot <= credit.max_pot_micro_credits_per_round,
+        RefusalCode.PLAN_OUTSIDE_POLICY,
+    )
+    enough = privacy is not None and node.settings.declared_training_patients >= privacy.min_patients
+    require(enough, RefusalCode.TOO_FEW_PATIENTS)
+
+
+def _is_logged_base(charter: Charter, task: TrainTask) -> bool:
+    """Whether the base is the model that the log says: of this round, of the round before, or the run's first."""
+    closed, before = charter.rounds.get((task.run, task.round)), charter.rounds.get((task.run, task.round - 1))
+    if closed is not None:
+        return closed.base_model_hash == task.base_model_hash
+    if task.round == 1:
+        return run_name(task.federation, task.plan, task.base_model_hash) == task.run
+    return before is not None and before.new_model_hash == task.base_model_hash
+
+
+def raise_alarm_if_false(node: NodeFolder, task: ScoreTask, recomputed: str) -> None:
+    """Write alarm.json when the logged round, re-added by this node, does not give the logged model.
+
+    Only the signed log can raise the alarm: a message alone, which anybody on the way could have changed, cannot.
+    """
+    key = node.settings.aggregator_public_key
+    closed = None if key is None else charter_of(payloads(node), key).rounds.get((task.run, task.round))
+    if closed is None or task.plan.server.momentum > 0:
+        return
+    logged = tuple(signed.manifest.update_hash for signed in closed.admitted)
+    names = tuple(signed.manifest.node for signed in closed.admitted)
+    same = (closed.base_model_hash, logged, names, closed.plan_hash) == (
+        task.base_model_hash,
+        task.update_hashes,
+        task.nodes,
+        content_hash(task.plan),
+    )
+    if same and closed.new_model_hash != recomputed:
+        told = {"run": task.run, "round": task.round, "logged": closed.new_model_hash, "recomputed": recomputed}
+        write_durably(node.path / ALARM, canonical_bytes(told) + b"\n", mode=0o600)
+
+
+def alarm(node: NodeFolder) -> str | None:
+    """What raised the alarm, in words, or None. An unreadable alarm is one."""
+    try:
+        told = json.loads((node.path / ALARM).read_bytes())
+        return f"round {told['round']} of run {told['run']}: the logged model is not the sum of the logged updates"
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError):
+        return "alarm.json cannot be read"
+
+
+def _append(node: NodeFolder, held: tuple[bytes, ...], new: list[bytes]) -> None:
+    path = node.path / COPY
+    whole = sum(len(payload) + 1 for payload in held)
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
+        try:
+            os.ftruncate(descriptor, whole)  # a line that a crash cut short
+            os.lseek(descriptor, whole, os.SEEK_SET)
+            data = b"".join(payload + b"\n" for payload in new)
+            while data:
+                data = data[os.write(descriptor, data) :]
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise StorageFailed(f"{COPY}: not written ({error.strerror})", "Free space or mend the disk.") from error

@@ -1,0 +1,257 @@
+"""What the federation has decided: a replay of its log, the same at the aggregator, at every node and for an auditor.
+
+One hospital, one vote. A proposal is accepted as soon as more than half of those who may vote have said yes, or, after
+it has expired, when more than half have voted and more of them yes than no. Removing a member and weakening privacy
+need two thirds of those who may vote; the subject of a removal may not. Proposals and votes hold for the members they
+were made under: when somebody joins, leaves or changes a key, open proposals lapse.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import datetime
+
+from data_schemas.canonical import canonical_bytes, content_hash
+from data_schemas.governance import (
+    Admit,
+    AttestationEntry,
+    CreditPolicy,
+    DecisionEntry,
+    FoundingEntry,
+    Pause,
+    PrivacyPolicy,
+    Promote,
+    Proposal,
+    ProposalEntry,
+    Remove,
+    RollBack,
+    RotateKey,
+    SetCredit,
+    SetPrivacy,
+    VoteEntry,
+)
+from data_schemas.ledger import Entry, LedgerEntry, MemberEntry, ModelEntry, PlanEntry, RoundEntry
+from data_schemas.plan import TrainingPlan
+from pipeline.signing import verify
+
+
+@dataclass
+class Charter:
+    """The state so far; `take` adds the next entry. keys: every key a hospital ever had. champions: newest last."""
+
+    federation: str | None = None
+    privacy: PrivacyPolicy | None = None
+    credit: CreditPolicy | None = None
+    members: dict[str, MemberEntry] = field(default_factory=dict)
+    keys: dict[str, list[str]] = field(default_factory=dict)
+    open: dict[str, Proposal] = field(default_factory=dict)
+    votes: dict[str, dict[str, bool]] = field(default_factory=dict)
+    decided: dict[str, bool] = field(default_factory=dict)
+    plans: dict[str, str] = field(default_factory=dict)
+    rounds: dict[tuple[str, int], RoundEntry] = field(default_factory=dict)
+    models: set[str] = field(default_factory=set)
+    champions: list[str] = field(default_factory=list)
+    paused: bool = False
+
+    @property
+    def founded(self) -> bool:
+        """Whether a founding policy is in the log; without one there is nothing to decide and nothing to enforce."""
+        return self.privacy is not None
+
+    @property
+    def member_set(self) -> str:
+        """Version of the membership: hash of the members' names and keys."""
+        return content_hash({name: self.members[name].public_key for name in sorted(self.members)})
+
+    def voters(self, proposal: Proposal) -> set[str]:
+        """Members who may vote on a proposal."""
+        subject = {proposal.action.node} if isinstance(proposal.action, Remove) else set()
+        return self.members.keys() - subject
+
+    def needs_two_thirds(self, proposal: Proposal) -> bool:
+        """Whether a proposal removes a member or weakens privacy."""
+        action = proposal.action
+        if isinstance(action, SetPrivacy):
+            return self.privacy is not None and action.policy.weaker_than(self.privacy)
+        return isinstance(action, Remove)
+
+    def outcome(self, proposal_hash: str, at: str) -> bool | None:
+        """Whether an open proposal is accepted at a time (UTC, ISO 8601); None while that is not settled."""
+        proposal, votes = self.open[proposal_hash], self.votes[proposal_hash]
+        if proposal.member_set != self.member_set:
+            return False
+        may, yes = len(self.voters(proposal)), sum(votes.values())
+        no, expired = len(votes) - yes, _moment(at) > _moment(proposal.expires_at)
+        if self.needs_two_thirds(proposal):
+            enough, possible = 3 * yes >= 2 * may, 3 * (may - no) >= 2 * may
+        else:
+            enough = 2 * yes > may or (expired and 2 * len(votes) > may and yes > no)
+            possible = 2 * no < may
+        return True if enough else (None if possible and not expired else False)
+
+    def take(self, line: LedgerEntry) -> str:
+        """Take the next entry in, or say what is wrong with it and leave the state as it was."""
+        return take(self, line.entry, line.recorded_at)
+
+    def take_entry(self, entry: Entry, at: str) -> str:
+        """Do the same with an entry that was recorded `at` (UTC, ISO 8601)."""
+        return take(self, entry, at)
+
+
+def run_name(federation: str, plan: TrainingPlan, start_model_hash: str) -> str:
+    """Name a run after what it is: its first model is thereby part of what was logged with its plan."""
+    what = {"federation": federation, "plan": content_hash(plan), "model": start_model_hash}
+    return f"{plan.name}-{content_hash(what)[:12]}"
+
+
+def take(charter: Charter, entry: Entry, at: str) -> str:  # noqa: PLR0911
+    """Say what is wrong with an entry; empty when nothing is, and then the charter has taken it in."""
+    match entry:
+        case MemberEntry():
+            return _member(charter, entry)
+        case FoundingEntry():
+            return _founding(charter, entry)
+        case ProposalEntry():
+            return _proposal(charter, entry, at)
+        case VoteEntry():
+            return _vote(charter, entry, at)
+        case DecisionEntry():
+            return _decision(charter, entry, at)
+        case AttestationEntry():
+            return _signed_by_member(charter, entry.attestation.node, entry.attestation, entry.signature)
+        case PlanEntry():
+            charter.plans.setdefault(entry.run, entry.plan_hash)
+        case RoundEntry():
+            charter.rounds[entry.run, entry.round] = entry
+        case ModelEntry():
+            charter.models.add(entry.model_hash)
+        case _:
+            pass
+    return ""
+
+
+def _member(charter: Charter, entry: MemberEntry) -> str:
+    known = charter.members.get(entry.node)
+    if known is None and charter.founded and (charter.plans or charter.decided):
+        return f"{entry.node} joins without a vote"
+    if known is not None and known.public_key != entry.public_key:
+        return f"{entry.node} is a member with another key"
+    _enter(charter, entry)
+    return ""
+
+
+def _enter(charter: Charter, member: MemberEntry) -> None:
+    charter.members[member.node] = member
+    keys = charter.keys.setdefault(member.node, [])
+    if member.public_key not in keys:
+        keys.append(member.public_key)
+
+
+def _founding(charter: Charter, entry: FoundingEntry) -> str:
+    if charter.founded:
+        return "the federation was founded before"
+    charter.federation, charter.privacy, charter.credit = entry.federation, entry.privacy, entry.credit
+    return ""
+
+
+def _proposal(charter: Charter, entry: ProposalEntry, at: str) -> str:
+    proposal, name = entry.proposal, content_hash(entry.proposal)
+    if not charter.founded or proposal.federation != charter.federation:
+        return "it is made for another federation"
+    if proposal.member_set != charter.member_set:
+        return "it is made for other members"
+    if name in charter.open or name in charter.decided:
+        return "it was made before"
+    if not _is_moment(proposal.expires_at) or _moment(proposal.expires_at) <= _moment(at):
+        return "it has expired"
+    wrong = _signed_by_member(charter, proposal.proposed_by, proposal, entry.signature) or _senseless(charter, proposal)
+    if not wrong:
+        charter.open[name], charter.votes[name] = proposal, {}
+    return wrong
+
+
+def _senseless(charter: Charter, proposal: Proposal) -> str:
+    """Say why a proposal could not take effect."""
+    action, members = proposal.action, charter.members
+    match action:
+        case Admit():
+            keys = {key for known in charter.keys.values() for key in known}
+            return "name or key is taken" if action.node in members or action.public_key in keys else ""
+        case Remove() | RotateKey():
+            return "" if action.node in members else f"{action.node} is not a member"
+        case Promote():
+            return "" if action.model_hash in charter.models else "the model is not in the ledger"
+        case RollBack():
+            return "" if action.model_hash in charter.champions else "the model was never the champion"
+        case _:
+            return ""
+
+
+def _vote(charter: Charter, entry: VoteEntry, at: str) -> str:
+    vote = entry.vote
+    proposal = charter.open.get(vote.proposal_hash)
+    if proposal is None:
+        return "there is no such open proposal"
+    if vote.federation != charter.federation:
+        return "it is made for another federation"
+    if {vote.member_set, proposal.member_set} != {charter.member_set}:
+        return "it is made for other members"
+    if _moment(at) > _moment(proposal.expires_at):
+        return "the proposal has expired"
+    if vote.node in charter.votes[vote.proposal_hash]:
+        return f"{vote.node} has voted before"
+    wrong = _signed_by_member(charter, vote.node, vote, entry.signature)
+    if not wrong and vote.node not in charter.voters(proposal):
+        wrong = f"{vote.node} is the subject and does not vote"
+    if not wrong:
+        charter.votes[vote.proposal_hash][vote.node] = vote.approve
+    return wrong
+
+
+def _decision(charter: Charter, entry: DecisionEntry, at: str) -> str:
+    if entry.proposal_hash not in charter.open:
+        return "there is no such open proposal"
+    if charter.outcome(entry.proposal_hash, at) is not entry.accepted:
+        return "it does not follow from the votes"
+    proposal = charter.open.pop(entry.proposal_hash)
+    charter.decided[entry.proposal_hash] = entry.accepted
+    if entry.accepted:
+        _apply(charter, proposal)
+    return ""
+
+
+def _apply(charter: Charter, proposal: Proposal) -> None:
+    match proposal.action:
+        case Admit() as new:
+            _enter(charter, MemberEntry(**new.model_dump(exclude={"action"})))
+        case Remove() as gone:
+            del charter.members[gone.node]
+        case RotateKey() as rotated:
+            known = charter.members[rotated.node]
+            _enter(charter, known.model_copy(update={"public_key": rotated.public_key}))
+        case SetPrivacy() as privacy:
+            charter.privacy = privacy.policy
+        case SetCredit() as credit:
+            charter.credit = credit.policy
+        case Promote() | RollBack() as model:
+            charter.champions.append(model.model_hash)
+        case Pause() as pause:
+            charter.paused = pause.paused
+
+
+def _signed_by_member(charter: Charter, node: str, value: object, signature: str) -> str:
+    member = charter.members.get(node)
+    if member is None:
+        return f"{node} is not a member"
+    return "" if verify(member.public_key, canonical_bytes(value), signature) else f"the signature of {node} is wrong"
+
+
+def _is_moment(text: str) -> bool:
+    try:
+        return datetime.fromisoformat(text).tzinfo is not None
+    except ValueError:
+        return False
+
+
+def _moment(text: str) -> datetime:
+    return datetime.fromisoformat(text)
