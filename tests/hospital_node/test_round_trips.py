@@ -48,7 +48,8 @@ def libreview(rows: Series) -> str:
 
 def carelink(rows: Series) -> str:
     person = "Last Name;First Name;Patient ID\nDoe;Jane;1\n\n-------;x;Sensor;1;-------\n"
-    return f"{person}Index;Date;Time;Sensor Glucose (mg/dL)\n" + "".join(f"1,0;{local(when, '%Y/%m/%d;%H:%M:%S')};{value},00\n" for when, value in rows)
+    body = "".join(f"1,0;{local(when, '%Y/%m/%d;%H:%M:%S')};{value},00\n" for when, value in rows)
+    return f"{person}Index;Date;Time;Sensor Glucose (mg/dL)\n{body}"
 
 
 def nightscout(rows: Series) -> str:
