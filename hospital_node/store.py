@@ -10,7 +10,7 @@ removes them.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
@@ -24,6 +24,7 @@ import pyarrow as pa
 from data_schemas.canonical import bytes_hash, canonical_bytes
 from data_schemas.errors import BadInput, StorageFailed, Tampered
 from data_schemas.reading import COLUMNS, Flag, QualityReport, ValidReadings
+from data_schemas.units import SENSOR_MAX_MG_DL, SENSOR_MIN_MG_DL
 from pipeline.signing import write_durably
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ class Store:
         self.folder = folder
         self._segments = folder / "segments"
         self._catalogue = folder / "catalogue.db"
+        self._held: dict[Kind, tuple[tuple[str, ...], pd.DataFrame]] = {}
         try:
             self._segments.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
@@ -134,7 +136,27 @@ class Store:
 
     def quarantined(self) -> pd.DataFrame:
         """Return every quarantined row (canonical columns and `rule`), for the hospital's own eyes."""
-        return self._frame("quarantine")
+        return self._frame("quarantine").copy()
+
+    def settle(self, ids: Collection[str], *, release: bool) -> int:
+        """Take rows out of quarantine, for good, whole or not at all; returns how many.
+
+        ids: as quarantine_ids gives them. release: they become readings; otherwise they are discarded. Raises
+        BadInput, with nothing changed, when one is not there, has no time or value, or when its person has a reading
+        at its second.
+        """
+        with self._transaction() as db:
+            held = self._load(db, "quarantine")
+            chosen = quarantine_ids(held).isin(list(ids)).to_numpy()
+            if int(chosen.sum()) != len(set(ids)):
+                raise BadInput("a row of these is not in quarantine", "see `islet node quarantine show`")
+            freed = _as_readings(held[chosen], self._stored_values(db)) if release else held[:0]
+            self._write_segments(db, {"readings": freed[list(COLUMNS)]})
+            db.execute("DELETE FROM segments WHERE kind = 'quarantine'")
+            self._write_segments(db, {"quarantine": held[~chosen]})
+        with self._transaction() as db:
+            self._remove_orphans(db)
+        return int(chosen.sum())
 
     def counts(self) -> StoreCounts:
         """Return how much the store holds."""
@@ -145,8 +167,13 @@ class Store:
         return StoreCounts(len(frame), made, len(held), int(frame["patient"].nunique()), files)
 
     def _frame(self, kind: Kind) -> pd.DataFrame:
+        """Return the rows of one kind; what was read stays as long as the catalogue names the same segments."""
         with self._reading() as db:
-            return self._load(db, kind)
+            names = self._names(db, kind)
+            held = self._held.get(kind)
+            if held is None or held[0] != names:
+                held = self._held[kind] = (names, self._load(db, kind))
+        return held[1]
 
     def _load(self, db: sqlite3.Connection, kind: Kind) -> pd.DataFrame:
         names = self._names(db, kind)
@@ -183,7 +210,8 @@ class Store:
                 if len(frame):
                     content = _arrow_bytes(frame)
                     path = self._segments / f"{bytes_hash(content)}.arrow"
-                    undo.callback(path.unlink, missing_ok=True)
+                    if not path.exists():
+                        undo.callback(path.unlink, missing_ok=True)
                     write_durably(path, content, 0o600)
                     db.execute("INSERT INTO segments VALUES (?, ?, ?)", (path.name, kind, len(frame)))
             undo.pop_all()
@@ -262,6 +290,26 @@ def _compare(
         duplicates=report.duplicates | {rule: count for rule, count in more.items() if count},
     )
     return fresh, held, final
+
+
+def quarantine_ids(held: pd.DataFrame) -> pd.Series:
+    """Return a short name for each quarantined row: its file's SHA-256 prefix and its place in the import."""
+    return held["source"].str[:12] + "-" + held["row"].astype("str")
+
+
+def _as_readings(rows: pd.DataFrame, stored: pd.Series) -> pd.DataFrame:
+    """Return rows as readings, clamped to the sensor's range and marked. Raises BadInput when they cannot be."""
+    hint = "discard it, or correct the export at its source"
+    if rows["measured_at"].isna().any() or rows["glucose_mg_dl"].isna().any():
+        raise BadInput("a row without a time or a value cannot become a reading", hint)
+    keys = pd.MultiIndex.from_frame(rows[["patient", "measured_at"]])
+    if keys.duplicated().any() or keys.isin(stored.index).any():
+        raise BadInput("a person would have two readings at one second", "release one of them and discard the others")
+    glucose = rows["glucose_mg_dl"]
+    low = np.where(glucose <= SENSOR_MIN_MG_DL, int(Flag.CENSORED_LOW), 0)
+    high = np.where(glucose >= SENSOR_MAX_MG_DL, int(Flag.CENSORED_HIGH), 0)
+    clamped = glucose.clip(SENSOR_MIN_MG_DL, SENSOR_MAX_MG_DL)
+    return rows.assign(glucose_mg_dl=clamped, flags=rows["flags"] | low | high).astype(COLUMNS)
 
 
 def _arrow_bytes(frame: pd.DataFrame) -> bytes:

@@ -8,13 +8,11 @@ store) and counts.
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import replace
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -23,69 +21,13 @@ import pandas as pd
 from data_schemas.errors import BadInput
 from data_schemas.reading import COLUMNS, Flag, QualityReport, Readings, ValidReadings
 from data_schemas.units import SENSOR_MAX_MG_DL, SENSOR_MIN_MG_DL
+from hospital_node.measures import measure_people, measure_reading, measure_series, measure_stamp
+from hospital_node.suites import SUITE, Rule, Severity, Suite, load_suite
 
-Severity = Literal["reject-file", "quarantine", "duplicate", "flag"]
-Stage = Literal["reading", "stamp", "series"]
 Bool: TypeAlias = npt.NDArray[np.bool_]
 
-SUITE = Path(__file__).parents[1] / "data_schemas" / "expectations" / "cgm.json"
+__all__ = ["SUITE", "Rule", "Suite", "check", "flag_cohort", "load_suite", "render_report", "validate"]
 _CHANNELS = ("carbs_g", "bolus_u", "basal_u_per_h", "heart_rate")
-# Two readings closer than a grid step are compared as if a step apart: rounding alone would look like a jump.
-_JUMP_FLOOR_MIN = 5.0
-
-
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """One expectation: what GX runs (type, kwargs) and what it means here.
-
-    stage: `reading` rules look at a row alone, `stamp` rules at the rows of one person and second, `series` rules
-    at a person's accepted readings in order.
-    """
-
-    name: str
-    severity: Severity
-    stage: Stage
-    explanation: str
-    type: str
-    kwargs: dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Suite:
-    """The rules in the order in which they claim a row: a row that breaks several is counted under the first."""
-
-    name: str
-    rules: tuple[Rule, ...]
-
-    def at(self, stage: Stage) -> tuple[Rule, ...]:
-        """Return the rules of one stage."""
-        return tuple(rule for rule in self.rules if rule.stage == stage)
-
-
-def load_suite(path: Path = SUITE) -> Suite:
-    """Return the suite stored as JSON.
-
-    Raises BadInput when a rule lacks its name, severity, stage or explanation.
-    """
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        rules = tuple(
-            Rule(**{key: entry["meta"][key] for key in ("name", "severity", "stage", "explanation")}, **_run_by(entry))
-            for entry in document["expectations"]
-        )
-    except OSError as error:
-        raise BadInput(f"suite {path} cannot be read: {error.strerror}", "check the path") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise BadInput(
-            f"suite {path} is not a suite: {error}", "compare it with the one that comes with Islet"
-        ) from None
-    wrong = [rule.name for rule in rules if not _known(rule)]
-    if wrong:
-        raise BadInput(
-            f"suite {path}: rules {', '.join(wrong)} have an unknown severity or stage",
-            f"severities: {', '.join(get_args(Severity))}; stages: {', '.join(get_args(Stage))}",
-        )
-    return Suite(document["name"], rules)
 
 
 def validate(
@@ -96,26 +38,44 @@ def validate(
     now: what "in the future" is measured against; None takes the clock. The report is always balanced. Raises
     BadInput when a rule of severity reject-file is broken.
     """
+    valid, quarantined, report, people = check(readings, suite, now or datetime.now(UTC))
+    return valid, quarantined, replace(report, flagged=report.flagged | flag_cohort(people, suite))
+
+
+def check(
+    readings: Readings, suite: Suite, now: datetime
+) -> tuple[ValidReadings, pd.DataFrame, QualityReport, pd.DataFrame]:
+    """Return what validate() does, but for the cohort's rules, and one row for each person (measure_people).
+
+    For a part of an import that holds everything of the people in it.
+    """
     frame = readings.frame.reset_index(drop=True)
-    first = _claims(suite.at("reading"), _measure_reading(frame, now or datetime.now(UTC)))
+    first = _claims(suite.at("reading"), measure_reading(frame, now))
     left = frame[first.isna()]
-    claims = pd.concat([first.dropna(), _claims(suite.at("stamp"), _measure_stamp(left))])
-    claims = claims.dropna()
+    claims = pd.concat([first.dropna(), _claims(suite.at("stamp"), measure_stamp(left)).dropna()])
     rule_of = pd.Series(claims.to_numpy(), index=claims.index, dtype="str")
     dropped = rule_of[rule_of.isin(_names(suite, "duplicate"))]
     accepted = _clamp(_keep_doses(left, dropped.index).drop(index=rule_of.index, errors="ignore"))
-    accepted = accepted.sort_values(["patient", "measured_at"], ignore_index=True).astype(COLUMNS)
+    if not _in_order(accepted):
+        accepted = accepted.sort_values(["patient", "measured_at"])
+    accepted = accepted.reset_index(drop=True).astype(COLUMNS)
     held = rule_of.drop(index=dropped.index)
     quarantined = frame.loc[held.index].assign(rule=held).sort_values("row", ignore_index=True)
+    people = measure_people(accepted)
     report = QualityReport(
         rows_in=readings.rows_in,
         accepted=len(accepted),
         quarantined=_count(held),
         duplicates=_count(dropped),
-        flagged=_flagged(suite.at("series"), accepted),
-        patients=int(accepted["patient"].nunique()),
+        flagged=_flagged(suite.at("series"), measure_series(accepted)),
+        patients=len(people),
     )
-    return ValidReadings(accepted), quarantined, report
+    return ValidReadings(accepted), quarantined, report, people
+
+
+def flag_cohort(people: pd.DataFrame, suite: Suite) -> dict[str, int]:
+    """Return how many people break each rule about people; a rule about all of them together counts 1."""
+    return _flagged(suite.at("cohort"), people)
 
 
 def render_report(report: QualityReport) -> str:
@@ -135,14 +95,6 @@ def render_report(report: QualityReport) -> str:
     return "\n".join(lines)
 
 
-def _run_by(entry: dict[str, Any]) -> dict[str, Any]:
-    return {"type": entry["type"], "kwargs": entry["kwargs"]}
-
-
-def _known(rule: Rule) -> bool:
-    return rule.severity in get_args(Severity) and rule.stage in get_args(Stage)
-
-
 def _names(suite: Suite, severity: Severity) -> list[str]:
     return [rule.name for rule in suite.rules if rule.severity == severity]
 
@@ -151,65 +103,13 @@ def _count(rules: pd.Series) -> dict[str, int]:
     return {str(name): int(count) for name, count in rules.value_counts().sort_index().items()}
 
 
-def _bit(frame: pd.DataFrame, flag: Flag) -> pd.Series:
-    return ((frame["flags"] & int(flag)) != 0).astype("int64")
-
-
-def _measure_reading(frame: pd.DataFrame, now: datetime) -> pd.DataFrame:
-    """Return the rows with what the rules on single rows look at."""
-    ahead = (frame["measured_at"] - pd.Timestamp(now)).dt.total_seconds() / 60
-    return frame.assign(
-        clock_change=_bit(frame, Flag.CLOCK_CHANGE),
-        unreadable=_bit(frame, Flag.UNREADABLE),
-        minutes_ahead_of_now=ahead,
-        year=frame["measured_at"].dt.year,
-    )
-
-
-def _measure_stamp(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows with what else the same person has at their second and right beside it."""
-    stamp = frame.groupby(["patient", "measured_at"], sort=False)
-    value = frame.groupby(["patient", "measured_at", "glucose_mg_dl"], sort=False)
-    return pd.DataFrame(
-        {
-            "row": frame["row"],
-            "values_at_stamp": stamp["glucose_mg_dl"].transform("nunique"),
-            "copy": value.cumcount(),
-            "difference_within_150_s_mg_dl": _difference_beside(frame),
-        },
-        index=frame.index,
-    )
-
-
-def _difference_beside(frame: pd.DataFrame) -> pd.Series:
-    """Return the larger difference to the readings before and after; of those within 150 s (half a grid step)."""
-    ordered = frame.sort_values(["patient", "measured_at", "row"])
-    same = (ordered["patient"] == ordered["patient"].shift()).to_numpy()
-    near = same & (ordered["measured_at"].diff().dt.total_seconds() <= 150).to_numpy()
-    before = ordered["glucose_mg_dl"].diff().abs().where(near)
-    return pd.concat([before, before.shift(-1)], axis=1).max(axis=1).reindex(frame.index)
-
-
-def _measure_series(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return accepted rows with their distance to the sensor's own reading before; interpolated rows have none."""
-    own = frame[(frame["flags"] & int(Flag.INTERPOLATED)) == 0]
-    same = (own["patient"] == own["patient"].shift()).to_numpy()
-    minutes = (own["measured_at"].diff().dt.total_seconds() / 60).where(same)
-    step = own["glucose_mg_dl"].diff().abs().where(same)
-    inside = own["glucose_mg_dl"].between(SENSOR_MIN_MG_DL, SENSOR_MAX_MG_DL, inclusive="neither")
-    run = (~(same & (step == 0) & inside)).cumsum()
-    censored = int(Flag.CENSORED_LOW | Flag.CENSORED_HIGH)
-    return pd.DataFrame(
-        {
-            "patient": frame["patient"],
-            "minutes_since_last": minutes,
-            "step_mg_dl_per_min": step / minutes.clip(lower=_JUMP_FLOOR_MIN),
-            "flat_minutes": minutes.fillna(0.0).where(same & (step == 0) & inside, 0.0).groupby(run).cumsum(),
-            "interpolated": _bit(frame, Flag.INTERPOLATED),
-            "censored": ((frame["flags"] & censored) != 0).astype("int64"),
-        },
-        index=frame.index,
-    )
+def _in_order(frame: pd.DataFrame) -> bool:
+    """Whether the rows are sorted by person and time already, each person's rows together."""
+    person, second = frame["patient"].to_numpy(), frame["measured_at"]
+    changes = person[1:] != person[:-1]
+    rising = bool((second.diff().dt.total_seconds().to_numpy()[1:][~changes] > 0).all())
+    starts = person[np.append(True, changes)] if len(person) else person
+    return rising and all(starts[1:] > starts[:-1])
 
 
 def _keep_doses(frame: pd.DataFrame, copies: pd.Index) -> pd.DataFrame:
@@ -235,37 +135,74 @@ def _claims(rules: tuple[Rule, ...], measured: pd.DataFrame) -> pd.Series:
 
     Raises BadInput when the file as a whole is rejected.
     """
-    claim = pd.Series(np.nan, index=measured.index, dtype="object")
-    at = pd.Series(measured.index, index=measured["row"])
-    for rule, result in reversed(list(zip(rules, _run(rules, measured), strict=True))):
-        if rule.severity == "reject-file":
-            if not result["success"]:
-                raise BadInput(f"the export breaks the rule {rule.name}", rule.explanation)
-            continue
-        broken = result["result"].get("unexpected_index_list") or []
-        claim[at[[entry["row"] for entry in broken]]] = rule.name
-    return claim
+    claim = np.full(len(measured), None, dtype=object)
+    for rule, (success, broken) in reversed(list(zip(rules, _broken(rules, measured), strict=True))):
+        if rule.severity != "reject-file":
+            claim[broken] = rule.name
+        elif not success:
+            raise BadInput(f"the export breaks the rule {rule.name}", rule.explanation)
+    return pd.Series(claim, index=measured.index, dtype="object").where(claim != None, np.nan)  # noqa: E711
 
 
-def _flagged(rules: tuple[Rule, ...], accepted: pd.DataFrame) -> dict[str, int]:
-    """Return rows that break a flag rule, by rule; a rule about the whole cohort counts 1."""
-    if accepted.empty:
+def _flagged(rules: tuple[Rule, ...], measured: pd.DataFrame) -> dict[str, int]:
+    """Return rows that break a flag rule, by rule; a rule about the whole table counts 1."""
+    if measured.empty:
         return {}
-    results = zip(rules, _run(rules, _measure_series(accepted), counts_only=True), strict=True)
-    counts = {rule.name: int(r["result"].get("unexpected_count", 0 if r["success"] else 1)) for rule, r in results}
+    counts = {
+        rule.name: int(not success) if rule.of_whole_table else int(broken.sum())
+        for rule, (success, broken) in zip(rules, _broken(rules, measured), strict=True)
+    }
     return {name: count for name, count in counts.items() if count}
+
+
+def _broken(rules: tuple[Rule, ...], measured: pd.DataFrame) -> list[tuple[bool, Bool]]:
+    """Return for each rule whether it holds as GX says, and which rows break it.
+
+    A rule about one column alone says the same of equal rows: GX looks at each different row once, so that millions
+    of readings cost what thousands do. A rule about the whole table gets the whole table.
+    """
+    if not len(measured):
+        return [(True, np.zeros(0, dtype=np.bool_)) for _ in rules]
+    single = tuple(rule for rule in rules if not rule.of_whole_table)
+    whole = tuple(rule for rule in rules if rule.of_whole_table)
+    columns = list(dict.fromkeys(rule.kwargs["column"] for rule in single))
+    valued = {rule.kwargs["column"] for rule in single if rule.type != "expect_column_values_to_not_be_null"}
+    which, first = _different([measured[name] if name in valued else measured[name].isna() for name in columns])
+    # A name of its own for the row's number: the suite's columns keep theirs.
+    sample = measured[columns].iloc[first].assign(_at=np.arange(len(first)))
+    found: dict[str, tuple[bool, Bool]] = {}
+    for rule, result in zip(single, _run(single, sample), strict=True):
+        bad = np.zeros(len(first), dtype=np.bool_)
+        bad[[entry["_at"] for entry in result["result"].get("unexpected_index_list") or []]] = True
+        found[rule.name] = (result["success"], bad[which])
+    for rule in whole:
+        # The names of the columns need one row; a share needs the one column.
+        table = measured[[rule.kwargs["column"]]] if "column" in rule.kwargs else measured.head(1)
+        found[rule.name] = (_run((rule,), table, counts_only=True)[0]["success"], np.zeros(len(measured), np.bool_))
+    return [found[rule.name] for rule in rules]
+
+
+def _different(columns: list[pd.Series]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return, per row, the number of its combination of values, and where each combination first is."""
+    code = np.zeros(len(columns[0]) if columns else 0, dtype=np.int64)
+    for column in columns:
+        own, values = pd.factorize(column, use_na_sentinel=False)
+        code = pd.factorize(code * len(values) + own)[0].astype(np.int64)
+    first = np.full(int(code.max()) + 1, len(code), dtype=np.int64)
+    np.minimum.at(first, code, np.arange(len(code)))
+    return code, first
 
 
 def _run(rules: tuple[Rule, ...], frame: pd.DataFrame, *, counts_only: bool = False) -> list[dict[str, Any]]:
     """Return GX's result for each rule, in order."""
-    if not len(frame):
-        return [{"success": True, "result": {}} for _ in rules]
+    if not rules:
+        return []
     batch = _batch_definition().get_batch(batch_parameters={"dataframe": frame})
     wanted: dict[str, Any] = {"result_format": "BASIC"}
     if not counts_only:
         wanted = {
             "result_format": "COMPLETE",
-            "unexpected_index_column_names": ["row"],
+            "unexpected_index_column_names": ["_at"],
             "include_unexpected_rows": False,
         }
     outcome = batch.validate(_gx_suite(rules), result_format=wanted)

@@ -8,14 +8,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from data_schemas.errors import BadInput
+from data_schemas.errors import BadInput, IsletError
 
 if TYPE_CHECKING:
+    from hospital_node.folder import NodeFolder
     from hospital_node.settings import NodeSettings, Source
+    from hospital_node.store import Store
+    from hospital_node.suites import Suite
 
 node = typer.Typer(no_args_is_help=True, help="A hospital's node: readings, privacy budget, forecasts.")
 layout_app = typer.Typer(no_args_is_help=True, help="Layouts: how exports look.")
 node.add_typer(layout_app, name="layout")
+quarantine_app = typer.Typer(no_args_is_help=True, help="Rows that were set aside.")
+node.add_typer(quarantine_app, name="quarantine")
 
 NodePath = Annotated[Path, typer.Argument(metavar="NODE", help="The node's folder.")]
 
@@ -33,19 +38,72 @@ def _sources(settings: NodeSettings) -> tuple[Source, ...]:
 
 
 @node.command("import")
-def node_import(path: NodePath) -> None:
+def node_import(
+    path: NodePath,
+    watch: Annotated[bool, typer.Option("--watch", help="Go on and take new files as they arrive.")] = False,
+    interval: Annotated[float, typer.Option(min=0.1, max=3600, help="Seconds between two looks.")] = 5.0,
+) -> None:
     """Read, validate and store the exports that node.toml names."""
     from data_schemas.layout import load_layout
     from hospital_node.folder import NodeFolder
     from hospital_node.importing import import_exports
     from hospital_node.store import Store
+    from hospital_node.suites import suite_of
     from hospital_node.validation import render_report
 
     with NodeFolder.open(path) as home:
+        suite, store = suite_of(path), Store(home.store)
+        if watch:
+            _watch(home, suite, store, interval)
+            return
         for source in _sources(home.settings):
             say(f"importing {source.path} ({source.layout})")
-            layout, store = load_layout(source.layout), Store(home.store)
-            say(render_report(import_exports(Path(source.path), layout, source.zone, home.pseudonym_key, store)))
+            layout, folder = load_layout(source.layout), Path(source.path)
+            say(render_report(import_exports(folder, layout, source.zone, home.pseudonym_key, store, suite)))
+
+
+def _watch(home: NodeFolder, suite: Suite, store: Store, interval: float) -> None:
+    """Watch every source until SIGINT or SIGTERM; an import that has begun is finished."""
+    import signal
+    from threading import Event, Lock, Thread
+
+    from data_schemas.layout import load_layout
+    from hospital_node.importing import import_exports
+    from hospital_node.validation import render_report
+    from hospital_node.watching import watch
+
+    stop, one_at_a_time = Event(), Lock()
+    failed: list[Exception] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+
+    def follow(source: Source) -> None:
+        folder, layout = Path(source.path), load_layout(source.layout)
+
+        def take(file: Path) -> None:
+            with one_at_a_time:
+                say(f"importing {file.name}")
+                only = {file}
+                say(render_report(import_exports(folder, layout, source.zone, home.pseudonym_key, store, suite, only)))
+
+        def refused(error: BadInput) -> None:
+            say(f"refused: {error.message}\n  what to do: {error.hint}")
+
+        try:
+            watch(folder, layout, take, refused, stop, interval)
+        except IsletError as error:
+            failed.append(error)
+            stop.set()
+
+    threads = [Thread(target=follow, args=(source,)) for source in _sources(home.settings)]
+    for thread in threads:
+        thread.start()
+    say(f"watching {len(threads)} folders; stop with Ctrl-C")
+    for thread in threads:
+        thread.join()
+    if failed:
+        raise failed[0]
+    say("stopped")
 
 
 @node.command("validate")
@@ -54,16 +112,82 @@ def node_validate(path: NodePath) -> None:
     from data_schemas.layout import load_layout
     from hospital_node.folder import NodeFolder
     from hospital_node.intake import read_exports
-    from hospital_node.validation import load_suite, render_report, validate
+    from hospital_node.suites import suite_of
+    from hospital_node.validation import render_report, validate
 
     clean = True
     with NodeFolder.open(path) as home:
+        suite = suite_of(path)
         for source in _sources(home.settings):
             readings = read_exports(Path(source.path), load_layout(source.layout), source.zone, home.pseudonym_key)
-            report = validate(readings, load_suite())[2]
+            report = validate(readings, suite)[2]
             say(f"{source.path} ({source.layout})\n{render_report(report)}")
             clean = clean and not report.quarantined
     raise typer.Exit(0 if clean else 1)
+
+
+@quarantine_app.command("list")
+def quarantine_list(path: NodePath) -> None:
+    """Count what was set aside, by rule, and say why."""
+    from hospital_node.folder import NodeFolder
+    from hospital_node.store import Store
+    from hospital_node.suites import suite_of
+
+    with NodeFolder.open(path) as home:
+        suite = suite_of(path)
+        counts = Store(home.store).quarantined()["rule"].value_counts().sort_index()
+        for rule, count in counts.items():
+            say(f"{count:>8,}  {rule}: {suite.explanation(str(rule))}")
+        say(f"{counts.sum():>8,}  rows in quarantine")
+
+
+@quarantine_app.command("show")
+def quarantine_show(
+    path: NodePath,
+    rule: Annotated[str | None, typer.Option(help="Rows that broke this rule only.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Rows to show.")] = 20,
+) -> None:
+    """Show rows that were set aside, for the hospital's own eyes: id, rule, pseudonym, time and value."""
+    from hospital_node.folder import NodeFolder
+    from hospital_node.store import Store, quarantine_ids
+
+    with NodeFolder.open(path) as home:
+        held = Store(home.store).quarantined()
+        held = held.assign(id=quarantine_ids(held))
+        chosen = held if rule is None else held[held["rule"] == rule]
+        for row in chosen.head(limit).itertuples():
+            say(f"{row.id:<24} {row.rule:<22} {row.patient}  {row.measured_at}  {row.glucose_mg_dl:g} mg/dL")
+        say(f"{min(limit, len(chosen)):,} of {len(chosen):,} rows")
+
+
+def _settle(path: Path, ids: list[str] | None, rule: str | None, *, release: bool) -> None:
+    from hospital_node.folder import NodeFolder
+    from hospital_node.store import Store, quarantine_ids
+
+    if bool(ids) == (rule is not None):
+        raise BadInput("give ids, or --rule for all rows of one rule", "see `islet node quarantine show`")
+    with NodeFolder.open(path) as home:
+        store = Store(home.store)
+        held = store.quarantined()
+        chosen = ids or quarantine_ids(held[held["rule"] == rule]).tolist()
+        done = store.settle(chosen, release=release)
+        say(f"{done:,} rows {'are readings now' if release else 'were discarded'}")
+
+
+Ids = Annotated[list[str] | None, typer.Argument(metavar="[ID]...", help="Rows, as `quarantine show` names them.")]
+OfRule = Annotated[str | None, typer.Option("--rule", help="Every row that broke this rule.")]
+
+
+@quarantine_app.command("release")
+def quarantine_release(path: NodePath, ids: Ids = None, rule: OfRule = None) -> None:
+    """Make rows readings after all."""
+    _settle(path, ids, rule, release=True)
+
+
+@quarantine_app.command("discard")
+def quarantine_discard(path: NodePath, ids: Ids = None, rule: OfRule = None) -> None:
+    """Delete rows for good."""
+    _settle(path, ids, rule, release=False)
 
 
 @layout_app.command("list")

@@ -20,7 +20,7 @@ from data_schemas.reading import COLUMNS, Flag, QualityReport, ValidReadings
 from hospital_node.importing import import_exports
 from hospital_node.intake import pseudonym
 from hospital_node.split import heldout
-from hospital_node.store import Store
+from hospital_node.store import Store, quarantine_ids
 
 KEY = b"k" * 32
 ROOT = Path(__file__).parents[2]
@@ -257,3 +257,31 @@ def test_who_is_held_out_is_fixed_by_person_and_key() -> None:
     assert chosen == {person for person in reversed(people) if heldout(person, KEY)}
     assert chosen != {person for person in people if heldout(person, b"j" * 32)}
     assert chosen <= {person for person in people if heldout(person, KEY, 0.5)}
+
+
+def test_rows_released_from_quarantine_are_readings_and_discarded_ones_are_gone(tmp_path: Path) -> None:
+    """A released value is clamped and marked; what stays in quarantine stays; no byte of a discarded row is left."""
+    store = Store(tmp_path / "store")
+    add(store, frame(("p", 0, 100.0)), frame(("p", 5, 450.0), ("p", 10, 90.0), ("q", 0, 80.0), source="b"))
+    first, second, third = quarantine_ids(store.quarantined())
+
+    assert store.settle([first], release=True) == 1
+    assert store.settle([second], release=False) == 1
+
+    again = Store(tmp_path / "store")
+    assert again.readings("p")["glucose_mg_dl"].tolist() == [100.0, 400.0]
+    assert again.readings("p")["flags"].tolist() == [0, Flag.CENSORED_HIGH]
+    assert quarantine_ids(again.quarantined()).tolist() == [third]
+    assert len(list((tmp_path / "store" / "segments").iterdir())) == 3
+
+
+def test_what_cannot_become_a_reading_is_not_released(tmp_path: Path) -> None:
+    """A row without a value, one at the second of a reading, and one that is not there change nothing."""
+    store = Store(tmp_path / "store")
+    add(store, frame(("p", 0, 100.0)), frame(("p", 5, float("nan")), ("p", 0, 90.0), source="b"))
+    before = bytes_of(tmp_path)
+
+    for row in [*quarantine_ids(store.quarantined()), "nothing-7"]:
+        with pytest.raises(BadInput):
+            store.settle([row], release=True)
+    assert bytes_of(tmp_path) == before

@@ -44,7 +44,8 @@ GOOD = ("p", day(8), 100.0)
 @pytest.mark.parametrize(
     ("row", "rule"),
     [
-        (("p", day(9), 38.0), "below-sensor-range"),
+        (("p", day(9), 38.0), "sensor-error-code"),
+        (("p", day(9), 12.0), "sensor-error-code"),
         (("p", day(9), 1.8), "below-sensor-range"),
         (("p", day(9), -5.0), "below-sensor-range"),
         (("p", day(9), 502.0), "above-sensor-range"),
@@ -96,7 +97,7 @@ def test_conflicting_values_at_one_second_all_go() -> None:
 
 def test_garbage_at_a_second_does_not_take_the_good_reading_with_it() -> None:
     """An error code beside a reading at the same second is quarantined alone."""
-    assert held(GOOD, ("p", day(8), 38.0)) == [(1, "below-sensor-range")]
+    assert held(GOOD, ("p", day(8), 38.0)) == [(1, "sensor-error-code")]
 
 
 def test_two_devices_written_into_one_series_are_quarantined() -> None:
@@ -124,7 +125,7 @@ def test_what_looks_odd_is_kept_and_flagged() -> None:
     flat = [("p", day(8, 5 * step), 100.0) for step in range(11)]
     _, _, report = validate(readings(*flat, ("p", day(8, 55), 180.0)), load_suite(), NOW)
 
-    assert report.flagged == {"flat": 1, "jump": 1, "small-cohort": 1}
+    assert report.flagged == {"flat": 1, "jump": 1, "short-record": 1, "small-cohort": 1}
     assert report.accepted == 12
 
 
@@ -132,7 +133,7 @@ def test_interpolated_rows_are_kept_and_counted() -> None:
     """They are stored with their flag, and no gap or jump is measured on them."""
     _, _, report = validate(readings(GOOD, ("p", day(23), 300.0), flags=int(Flag.INTERPOLATED)), load_suite(), NOW)
 
-    assert report.flagged == {"interpolated": 2, "small-cohort": 1}
+    assert report.flagged == {"interpolated": 2, "short-record": 1, "small-cohort": 1}
 
 
 def test_accepted_readings_are_sorted_and_one_a_second() -> None:

@@ -87,7 +87,7 @@ def test_validate_stores_nothing_and_tells_by_its_exit_code(islet: Run, exports:
     bad = islet("node", "validate", "duke")
 
     assert bad.returncode == 1
-    assert "below-sensor-range" in bad.stdout
+    assert "sensor-error-code" in bad.stdout
     assert state(tmp_path / "duke" / "store") == before
 
 
