@@ -13,22 +13,26 @@ ROOT = Path(__file__).parents[1]
 
 
 def interleaved(
-    variants: Mapping[str, Callable[[], object]], *, seconds: float, most: int = 40
+    variants: Mapping[str, Callable[[], object]], *, seconds: float, slow: Sequence[str] = ()
 ) -> dict[str, tuple[float, float]]:
     """Median milliseconds of each variant, and median ratio to the first variant of the same turn.
 
     Every turn runs all variants once, so a slow moment of a shared machine meets them alike. After one turn that
-    warms up, turns are taken for about `seconds`: three at least, `most` at most.
+    warms up there are three turns at least, and more for about `seconds`; the variants in `slow` take part in one.
     """
-    turns: list[dict[str, float]] = []
+    for name, run in variants.items():
+        if name not in slow:
+            run()
+    turns = [{name: _milliseconds(run) for name, run in variants.items()}]
+    quick = {name: run for name, run in variants.items() if name not in slow}
     until = time.perf_counter() + seconds
-    while len(turns) < 4 or (time.perf_counter() < until and len(turns) <= most):
-        turns.append({name: _milliseconds(run) for name, run in variants.items()})
-    kept, first = turns[1:], next(iter(variants))
+    while len(turns) < 3 or time.perf_counter() < until:
+        turns.append({name: _milliseconds(run) for name, run in quick.items()})
+    first = next(iter(variants))
     return {
         name: (
-            statistics.median(turn[name] for turn in kept),
-            statistics.median(turn[name] / turn[first] for turn in kept),
+            statistics.median(turn[name] for turn in turns if name in turn),
+            statistics.median(turn[name] / turn[first] for turn in turns if name in turn),
         )
         for name in variants
     }
@@ -38,6 +42,18 @@ def _milliseconds(run: Callable[[], object]) -> float:
     started = time.perf_counter()
     run()
     return 1e3 * (time.perf_counter() - started)
+
+
+def restart_peak() -> float:
+    """Let the record of this process's peak memory start again from what it holds now, in MB (Linux: see proc(5))."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    return peak_megabytes()
+
+
+def peak_megabytes() -> float:
+    """Most memory this process held at a time, in MB: resource's ru_maxrss, which cannot be started again, in VmHWM."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return next(float(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) / 1024
 
 
 def fresh_process(module: str, *arguments: str) -> str:

@@ -5,8 +5,8 @@ its back-propagation through time written by hand. What the backward pass leaves
 pre-activation) at every step, and its inputs are (x_t, 1, h_{t-1}), so a patient's weight gradient is a sum of
 outer products, as for a linear layer applied to a sequence.
 
-Inside, time comes first and features last. The tensors of a trace are written once, step by step, because the rows
-of one step stay in the processor's cache between the small operations on them.
+Inside, time comes first and features last. What does not recur is worked out for a few steps at once, as many as stay
+in the processor's cache, and a trace is written over on the way back.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+# Numbers of gates, steps x windows x 4 hidden_size, whose derivatives are worked out at once: one megabyte.
+_BLOCK_NUMBERS = 1 << 18
 
 
 class GateTap(nn.Module):
@@ -53,12 +56,13 @@ class Trace:
     """What the recurrence of one layer leaves for its backward pass.
 
     inputs [T+1,N,F+1+H]: x_t, 1 and h_{t-1} of every step; the last row holds the last hidden state alone.
-    gates [T,N,4H] after activation. cells [T+1,N,H].
+    gates [T,N,4H] after activation. cells [T+1,N,H]. squashed [T,N,H]: tanh of the cells.
     """
 
     inputs: Tensor
     gates: Tensor
     cells: Tensor
+    squashed: Tensor
 
     @property
     def hidden(self) -> Tensor:
@@ -80,15 +84,16 @@ def run_layer(x: Tensor, tap: GateTap) -> Trace:
     inputs[0, :, features + 1 :] = 0.0
     gates, cells = x.new_empty(steps, count, 4 * size), x.new_empty(steps + 1, count, size)
     cells[0] = 0.0
-    trace = Trace(inputs, gates, cells)
-    seen, now, parts = inputs.unbind(), gates.unbind(), _parts(gates)
-    cell, hidden = cells.unbind(), trace.hidden.unbind()
+    trace = Trace(inputs, gates, cells, x.new_empty(steps, count, size))
+    seen, now, cell, hidden, squashed = (part.unbind() for part in (inputs, gates, cells, trace.hidden, trace.squashed))
+    enter, forget, update, leave = (part.unbind() for part in gates.chunk(4, dim=2))
+    minus_one = x.new_tensor(-1.0)
     for t in range(steps):
-        enter, forget, update, leave = parts[t]
         torch.mm(seen[t], weights, out=now[t]).sigmoid_()
-        update.mul_(2.0).sub_(1.0)
-        torch.mul(forget, cell[t], out=cell[t + 1]).addcmul_(enter, update)
-        torch.tanh(cell[t + 1], out=hidden[t]).mul_(leave)
+        torch.add(minus_one, update[t], alpha=2.0, out=update[t])
+        torch.mul(forget[t], cell[t], out=cell[t + 1]).addcmul_(enter[t], update[t])
+        torch.tanh(cell[t + 1], out=squashed[t])
+        torch.mul(squashed[t], leave[t], out=hidden[t])
     return trace
 
 
@@ -100,40 +105,47 @@ def run_stack(x: Tensor, taps: Sequence[GateTap]) -> tuple[Trace, ...]:
     return tuple(traces)
 
 
-def _parts(gates: Tensor) -> list[tuple[Tensor, ...]]:
-    """Views of the four gates [N,H] at each step of [T,N,4H]."""
-    return list(zip(*(part.unbind() for part in gates.chunk(4, dim=2)), strict=True))
-
-
 def _back_through_time(trace: Trace, weight_hh: Tensor, d_last: Tensor | None, d_every: Tensor | None) -> Tensor:
     """Complete back-propagation through time of one layer: dL/d(gate pre-activation) [T,N,4H], written over the gates.
 
     d_last: gradient of the last hidden state [N,H]; d_every: gradients of all of them [T,N,H]; None is zero.
     """
+    steps, count, size = trace.squashed.shape
     d_cell = torch.zeros_like(trace.cells[0])
     d_hidden = d_cell.clone() if d_last is None else d_last.clone()
-    squashed, spare, arriving = torch.empty_like(d_cell), torch.empty_like(d_cell), torch.empty_like(trace.gates[0])
-    to_enter, to_forget, _, to_leave = arriving.chunk(4, dim=1)
-    parts, gates, cells = _parts(trace.gates), trace.gates.unbind(), trace.cells.unbind()
-    through_tanh, through_sigmoid = torch.ops.aten.tanh_backward, torch.ops.aten.sigmoid_backward
-    for t in range(len(gates) - 1, -1, -1):
-        enter, forget, update, leave = parts[t]
-        if d_every is not None:
-            d_hidden.add_(d_every[t])
-        torch.tanh(cells[t + 1], out=squashed)
-        torch.mul(d_hidden, leave, out=spare)
-        d_cell.add_(through_tanh(spare, squashed, grad_input=spare))
-        torch.mul(d_cell, update, out=to_enter)
-        torch.mul(d_cell, cells[t], out=to_forget)
-        torch.mul(d_cell, enter, out=spare)
-        torch.mul(d_hidden, squashed, out=to_leave)
-        d_cell.mul_(forget)
-        through_tanh(spare, update, grad_input=spare)
-        through_sigmoid(arriving, gates[t], grad_input=gates[t])
-        update.copy_(spare)
-        if t:
-            torch.mm(gates[t], weight_hh, out=d_hidden)
+    at_once = max(1, _BLOCK_NUMBERS // (4 * size * max(count, 1)))
+    for begin in range((steps - 1) // at_once * at_once, -1, -at_once):
+        block = slice(begin, min(begin + at_once, steps))
+        to_cell, forget = _derivatives(trace, block)
+        inner = trace.gates[block].view(-1, count, 4, size)[:, :, :3].unbind()
+        leave, gates = trace.gates[block, :, 3 * size :].unbind(), trace.gates[block].unbind()
+        for t in range(len(gates) - 1, -1, -1):
+            if d_every is not None:
+                d_hidden.add_(d_every[begin + t])
+            d_cell.addcmul_(d_hidden, to_cell[t])
+            inner[t].mul_(d_cell.unsqueeze(1))
+            leave[t].mul_(d_hidden)
+            if begin + t:
+                torch.mm(gates[t], weight_hh, out=d_hidden)
+                d_cell.mul_(forget[t])
     return trace.gates
+
+
+def _derivatives(trace: Trace, block: slice) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Put derivatives in place of the gates: of the cell by i, f and g, of the hidden state by o, before activation.
+
+    Returns, for each step of the block, the derivative [N,H] of the hidden state by the cell, and the forget gate.
+    """
+    through_tanh, through_sigmoid = torch.ops.aten.tanh_backward, torch.ops.aten.sigmoid_backward
+    enter, forget, update, leave = trace.gates[block].chunk(4, dim=2)
+    squashed, kept = trace.squashed[block], forget.clone()
+    to_cell = through_tanh(leave, squashed)
+    by_enter = through_sigmoid(update, enter)
+    through_tanh(enter, update, grad_input=update)
+    enter.copy_(by_enter)
+    through_sigmoid(trace.cells[block], forget, grad_input=forget)
+    through_sigmoid(squashed, leave, grad_input=leave)
+    return to_cell.unbind(), kept.unbind()
 
 
 class _LastHidden(torch.autograd.Function):
