@@ -28,6 +28,7 @@ from hospital_node.audit_log import AuditLog
 from hospital_node.exchange_routes import add_fhir_routes, add_nightscout_routes
 from hospital_node.forecast_routes import ForecastRequest, add_forecast_routes, add_status_routes
 from hospital_node.held_readings import HeldReadings
+from hospital_node.page_routes import add_page_routes
 from hospital_node.problems import (
     HTTP_TITLES,
     INVALID_DETAIL,
@@ -103,6 +104,7 @@ def create_app(
     add_reading_routes(app, services)
     add_nightscout_routes(app, services)
     add_fhir_routes(app, services)
+    add_page_routes(app, services)
     add_status_routes(app, services)
     app.add_middleware(BodyLimit)
     app.add_middleware(Counted, traffic=services.traffic, audit=services.audit, clock=clock)

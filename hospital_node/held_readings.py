@@ -43,6 +43,11 @@ class HeldReadings:
         """Everybody with a reading, sorted."""
         return tuple(sorted({*self._current().patients, *self.journal.patients()}))
 
+    def newest_stored(self) -> int:
+        """Epoch seconds of the store's newest reading; 0 when it holds none."""
+        times = self._current().time_s
+        return int(times.max()) if len(times) else 0
+
     def add(self, pseudonym: str, rows: Sequence[tuple[int, float]], now_s: float) -> Outcome:
         """Add one person's rows (epoch seconds, mg/dL) durably and tell what became of each. Raises StorageFailed."""
         return self.journal.add(pseudonym, rows, self._stored(pseudonym), now_s)

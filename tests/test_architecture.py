@@ -28,6 +28,7 @@ DOORS = {
         "hospital_node/endpoint.py",
         "hospital_node/exchange_routes.py",
         "hospital_node/forecast_routes.py",
+        "hospital_node/page_routes.py",
         "hospital_node/reading_routes.py",
     },
     "jwt": {"hospital_node/tokens.py"},

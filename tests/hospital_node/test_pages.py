@@ -1,0 +1,168 @@
+"""The node's pages: what they say, that nobody sees another's, and that a real browser draws them."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from zoneinfo import ZoneInfo
+
+import numpy as np
+import pytest
+
+from data_schemas.plan import PrivacyEvent
+from data_schemas.units import RESEARCH_LABEL
+from hospital_node.folder import NodeFolder
+from hospital_node.profile import profile
+from tests.hospital_node import serving_node
+from tests.hospital_node.serving_node import NOW, OTHER, PERSON, Served
+
+CHROMIUM = shutil.which("chromium")
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    made = serving_node.make(tmp_path_factory.mktemp("pages"))
+    with NodeFolder.open(made.home) as node:
+        node.budget().reserve(
+            "task",
+            "training",
+            "patient",
+            PrivacyEvent(sample_rate=0.5, noise_multiplier=4.0, steps=4),
+            asked_by="ab" * 32,
+            run="run-1",
+            at="2026-01-01T10:00:00+00:00",
+            ceiling_epsilon=8.0,
+        )
+    with made.client:
+        yield made
+
+
+def signed_in(served: Served, key: str) -> Served:
+    """Sign in afresh with one of the node's keys."""
+    served.client.cookies.clear()
+    answer = served.client.post("/login", data={"key": served.secrets[key]}, follow_redirects=False)
+    assert answer.status_code == 303
+    assert "HttpOnly" in answer.headers["set-cookie"]
+    assert "samesite=strict" in answer.headers["set-cookie"].lower()
+    return served
+
+
+def test_clinic_page_tells_the_nodes_state(served: Served) -> None:
+    """Round, model, freshness, counts, budget with rounds left, and who asked, on one page."""
+    text = signed_in(served, "all").client.get("/").text
+    for words in (
+        "Node north",
+        "01 Jan 10:00",
+        "version 7",
+        "3 min ago",
+        "3 of 3",
+        "Privacy budget",
+        "more rounds fit",
+    ):
+        assert words in text, words
+    assert re.search(r"ε \d\.\d\d of 8 spent", text)
+    assert "POST /login" in text
+    assert RESEARCH_LABEL in text
+
+
+def test_patient_page_says_it_in_one_sentence(served: Served) -> None:
+    """Newest reading with its age, the likely range with its clock time, the drawing, and 14 days."""
+    text = signed_in(served, "one").client.get("/").text
+    assert re.search(r"Likely \d+ to \d+ mg/dL at 12:25, 8 in 10\.", text)
+    assert "3 min ago" in text
+    assert text.count("<svg") == 3
+    assert "less than 70%: read with care" in text
+    assert RESEARCH_LABEL in text
+    in_mmol = served.client.get(f"/patients/{PERSON}", params={"units": "mmol/L"}).text
+    assert re.search(r"Likely \d+\.\d to \d+\.\d mmol/L", in_mmol)
+
+
+def test_no_forecast_shows_its_reason(tmp_path: Path) -> None:
+    """Where there is no forecast there is no band and no sentence, but the reason."""
+    made = serving_node.make(tmp_path, now=NOW + 3600)
+    with made.client:
+        text = signed_in(made, "one").client.get(f"/patients/{PERSON}").text
+    assert "No forecast now" in text
+    assert "The newest reading is too old" in text
+    assert "Likely" not in text
+    assert 'class="fan' not in text
+
+
+def test_pages_need_a_session_of_the_right_scope(served: Served) -> None:
+    """Without a session there is only the sign-in; a patient's key opens no other patient's page, nor the clinic's."""
+    served.client.cookies.clear()
+    assert "Sign in" in served.client.get("/").text
+    assert served.client.get(f"/patients/{PERSON}", follow_redirects=False).status_code == 303
+    assert served.client.post("/login", data={"key": "islet_wrong"}).status_code == 401
+    signed_in(served, "one")
+    assert served.client.get(f"/patients/{OTHER}").status_code == 403
+    assert "Who asked for what" not in served.client.get("/").text
+    served.client.post("/logout")
+    assert "Sign in" in served.client.get("/").text
+
+
+def test_pages_run_no_script_and_load_nothing_from_elsewhere(served: Served) -> None:
+    """The policy forbids scripts, frames and other hosts; no page holds a script, inline style or foreign address."""
+    signed_in(served, "all")
+    for path in ("/", f"/patients/{PERSON}", "/docs"):
+        answer = served.client.get(path)
+        policy = answer.headers["content-security-policy"]
+        assert "default-src 'none'" in policy
+        assert "unsafe" not in policy
+        assert not re.search(r"<script|\sstyle=|\son\w+=|https?://", answer.text), path
+    assert served.client.get("/static/islet.css").headers["content-type"].startswith("text/css")
+
+
+def test_api_page_shows_every_operation(served: Served) -> None:
+    """The page about the API is made from the OpenAPI document: each path, each shape."""
+    document = served.client.get("/openapi.json").json()
+    text = served.client.get("/docs").text
+    for path in document["paths"]:
+        assert path in text
+    for shape in document["components"]["schemas"]:
+        assert shape in text
+
+
+def test_times_in_ranges_follow_the_convention() -> None:
+    """Ranges are disjoint and add up; 70 and 180 are in range, 54 is low, 250 is high; days are clock days."""
+    values = np.array([53, 54, 69, 70, 180, 181, 250, 251], np.float32)
+    times = (np.arange(8) * 300 + 1_700_000_000).astype(np.int64)
+    found = profile(times, values, float(times[-1]) + 1, ZoneInfo("UTC"))
+    assert found is not None
+    shares = {r.name: r.share * 8 for r in found.ranges}
+    assert shares == {"Very high": 1, "High": 2, "In range": 2, "Low": 2, "Very low": 1}
+    assert profile(times, values, float(times[-1]) + 15 * 86400, ZoneInfo("UTC")) is None
+
+
+def page_file(served: Served, path: str, place: Path) -> Path:
+    """Save a page with its style inside, so that a browser without a session can open it."""
+    style = served.client.get("/static/islet.css").text
+    text = served.client.get(path).text.replace(
+        '<link rel="stylesheet" href="/static/islet.css">', f"<style>{style}</style>"
+    )
+    place.write_text(text)
+    return place
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium, which draws the pages, is not installed")
+@pytest.mark.parametrize("size", ["1280,1400", "400,1800"])
+def test_a_real_browser_draws_the_pages(served: Served, tmp_path: Path, size: str) -> None:
+    """Headless Chromium draws each page at desktop and phone width, without an error on its console."""
+    signed_in(served, "all")
+    for name, path in (("clinic", "/"), ("patient", f"/patients/{PERSON}")):
+        page = page_file(served, path, tmp_path / f"{name}.html")
+        picture = tmp_path / f"{name}.png"
+        command = [str(CHROMIUM), "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
+        command += [f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", f"--window-size={size}"]
+        done = subprocess.run(
+            [*command, f"--screenshot={picture}", page.as_uri()],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=120,
+        )
+        assert "CONSOLE" not in done.stderr, done.stderr
+        assert picture.stat().st_size > 20_000
