@@ -77,11 +77,13 @@ def test_ridge_is_deterministic_and_subsamples_by_stride() -> None:
 
 
 def test_ridge_uses_each_horizon_where_it_exists() -> None:
-    """15-minute sensors have no target at most horizons; those few are enough and the rest refuse clearly."""
+    """15-minute sensors have no target at most horizons: those lie on the line between their neighbours."""
     sparse, dense = windows_of(wave(4), every=15), windows_of(wave(5))
     assert np.isfinite(fit_ridge([sparse, dense]).coefficients).all()
-    with pytest.raises(BadInput, match="horizon"):
-        fit_ridge([sparse])
+    alone = fit_ridge([sparse])
+    fifteen, thirty = (alone.coefficients[HORIZON_MINUTES.index(m)] for m in (15, 30))
+    assert np.allclose(alone.coefficients[HORIZON_MINUTES.index(20)], fifteen + (thirty - fifteen) / 3)
+    assert np.allclose(alone.coefficients[HORIZON_MINUTES.index(5)], fifteen / 3)
 
 
 def test_ridge_without_windows_is_refused() -> None:
