@@ -37,7 +37,7 @@ audit: .venv/installed
 	$(BIN)/python -m benchmarks.audit audit-run
 
 # Every branch of what guards patients' privacy budget is taken by a test, or this fails.
-PRIVACY := pipeline/accounting.py,pipeline/auditing.py,pipeline/membership.py,pipeline/noise.py,\
+PRIVACY := pipeline/book_keeping.py,pipeline/accounting.py,pipeline/auditing.py,pipeline/membership.py,pipeline/noise.py,\
 pipeline/private_training.py,hospital_node/budget.py,hospital_node/book_file.py,hospital_node/ceilings.py,\
 hospital_node/randomness.py,hospital_node/release.py,hospital_node/scores.py
 PRIVACY_TESTS := tests/privacy --ignore=tests/privacy/test_audit.py tests/pipeline/test_private_training.py tests/pipeline/test_auditing.py \
