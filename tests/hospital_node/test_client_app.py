@@ -14,7 +14,9 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 from pydantic import TypeAdapter
 
+from data_schemas.canonical import content_hash
 from data_schemas.frozen import Frozen
+from data_schemas.ledger import PlanEntry
 from data_schemas.messages import (
     Cosigned,
     CosignTask,
@@ -30,11 +32,13 @@ from data_schemas.messages import (
 )
 from hospital_node import client_app
 from hospital_node.folder import NodeFolder
+from hospital_node.ledger_view import COPY
 from pipeline import checkpoint, merkle
 from pipeline.checkpoint import Checkpoint
 from pipeline.signing import PrivateKey
 from pipeline.wire import from_record, to_record
 from tests.hospital_node.small_node import FEDERATION, base_weights, fill, make_node, plan, train_task
+from tests.hospital_node.test_ledger_view import RUN, founding, log_of, member
 from tests.hospital_node.test_scoring import NODES, score_task, updates_for
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -55,6 +59,8 @@ def identity(monkeypatch: pytest.MonkeyPatch) -> None:
 def home(tmp_path: Path) -> Path:
     path = make_node(tmp_path / "north", aggregator_public_key=AGGREGATOR.public.hex)
     fill(path, patients=12)
+    log = log_of(founding(), member(path), PlanEntry(run=RUN, plan_hash=content_hash(plan())))
+    (path / COPY).write_bytes(b"".join(line + b"\n" for line in log.lines))
     return path
 
 
@@ -83,7 +89,7 @@ def conversation(home: Path) -> list[tuple[Reply, Arrays]]:
     release = ReleaseTask(federation=FEDERATION, run="run-1", epoch=1, plan=task_plan, nodes=NODES, deadline_unix=FAR)
     drowned = release.model_copy(update={"plan": plan(credit__noise_multiplier=2.1)})
     score = score_task(task_plan, weights, updates)
-    train = train_task(task_plan, weights, deadline_unix=FAR)
+    train = train_task(task_plan, weights, run=RUN, deadline_unix=FAR)
     return [
         asked(home, "query.hello", HelloTask(federation=FEDERATION)),
         asked(home, "query.hello", HelloTask(federation="other")),
@@ -127,7 +133,9 @@ def test_an_update_travels_as_float32(home: Path) -> None:
     task_plan = plan()
     weights = base_weights(task_plan)
 
-    reply, arrays = asked(home, "train", train_task(task_plan, weights, deadline_unix=FAR), {"weights": weights})
+    reply, arrays = asked(
+        home, "train", train_task(task_plan, weights, run=RUN, deadline_unix=FAR), {"weights": weights}
+    )
 
     assert isinstance(reply, SignedUpdate)
     assert ((weights.shape, np.dtype("<f4")), {"update"}) == (
@@ -171,7 +179,7 @@ def test_no_exception_text_leaves_the_node(
     monkeypatch.setattr(local_round, "train", fail)
     weights = base_weights(plan())
     with caplog.at_level(logging.DEBUG):
-        outcome = asked(home, "train", train_task(plan(), weights), {"weights": weights})
+        outcome = asked(home, "train", train_task(plan(), weights, run=RUN), {"weights": weights})
 
     log = (home / "reports/node.log").read_text()
     assert (Refusal(code=RefusalCode.INTERNAL), {}) == outcome
@@ -186,7 +194,7 @@ def test_a_tampered_book_stops_the_node(home: Path) -> None:
     (home / "budget.db").write_bytes(data)
     weights = base_weights(plan())
 
-    outcome = asked(home, "train", train_task(plan(), weights, deadline_unix=FAR), {"weights": weights})
+    outcome = asked(home, "train", train_task(plan(), weights, run=RUN, deadline_unix=FAR), {"weights": weights})
 
     assert (Refusal(code=RefusalCode.INTERNAL), {}) == outcome
     assert re.search(r"Tampered at .*budget\.db: .* at offset 4096", (home / "reports/node.log").read_text())
