@@ -117,7 +117,7 @@ class Store:
 
         names = self.state()
         if not names:
-            return Series.from_columns(np.zeros(0, str), np.zeros(0, np.int64), np.zeros(0, np.float32))
+            return Series((), np.zeros(1, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32))
         table = self._table(names)
         own = (table["flags"].to_numpy() & int(Flag.INTERPOLATED)) == 0
         patient = table["patient"].combine_chunks().dictionary_encode()
@@ -125,9 +125,9 @@ class Store:
         if patients is not None:
             own &= np.isin(people, list(patients))[patient.indices.to_numpy()]
         moments = table["measured_at"].cast(pa.timestamp("s", tz="UTC"), safe=False).cast(pa.int64()).to_numpy()
-        return Series.from_columns(
-            people[patient.indices.to_numpy()[own]], moments[own], table["glucose_mg_dl"].to_numpy()[own]
-        )
+        present, codes = np.unique(np.argsort(np.argsort(people))[patient.indices.to_numpy()[own]], return_inverse=True)
+        names = tuple(str(name) for name in np.sort(people)[present])
+        return Series.from_codes(names, codes, moments[own], table["glucose_mg_dl"].to_numpy()[own])
 
     def state(self) -> tuple[str, ...]:
         """Names of the segments of readings: they change with every import that adds readings, and only then."""

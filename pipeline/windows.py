@@ -138,22 +138,24 @@ class Series:
             raise ValueError("measured_at must be timezone-aware")
         time_s = moments.dt.tz_convert("UTC").dt.tz_localize(None).to_numpy().astype("datetime64[s]").astype(np.int64)
         named = frame[name].astype(str).to_numpy(dtype=object).astype(str)
-        return cls.from_columns(named, time_s, frame["glucose_mg_dl"].to_numpy(dtype=np.float32))
+        patients, codes = np.unique(named, return_inverse=True)
+        glucose = frame["glucose_mg_dl"].to_numpy(dtype=np.float32)
+        return cls.from_codes(tuple(str(p) for p in patients), codes, time_s, glucose)
 
     @classmethod
-    def from_columns(cls, patient: npt.NDArray[Any], time_s: Int64, glucose_mg_dl: Float32) -> Series:
-        """Build from three columns of equal length, the patient's name (str), UTC epoch seconds, glucose; any order.
+    def from_codes(cls, patients: tuple[str, ...], codes: Int64, time_s: Int64, glucose_mg_dl: Float32) -> Series:
+        """Build from names, sorted, and three columns of equal length in any order.
 
-        Of readings of one patient in the same second the first stays. Patients come out sorted by name.
+        codes: position of a reading's patient in `patients`; time_s: UTC epoch seconds. Of readings of one patient in
+        the same second the first stays.
         """
-        patients, codes = np.unique(patient, return_inverse=True)
         order = np.lexsort((np.arange(len(codes)), time_s, codes))
         codes, time_s, glucose = codes[order], time_s[order], glucose_mg_dl[order]
         first = np.ones(len(codes), dtype=bool)
         first[1:] = (codes[1:] != codes[:-1]) | (time_s[1:] != time_s[:-1])
         codes, time_s, glucose = codes[first], time_s[first], glucose[first]
         starts = np.searchsorted(codes, np.arange(len(patients) + 1)).astype(np.int64)
-        return cls(tuple(str(p) for p in patients), starts, time_s, glucose)
+        return cls(patients, starts, time_s, glucose)
 
     def select(self, patients: Sequence[str]) -> Series:
         """Keep the readings of these patients only, in the order of this series; unknown names are refused."""
