@@ -20,6 +20,14 @@ from hospital_node.store import ALREADY_STORED
 from pipeline.forecasting import make_forecast
 
 FHIR_BASE = "/fhir/R4"
+
+
+class FhirResponse(JSONResponse):
+    """JSON under FHIR's own media type."""
+
+    media_type = fhir_out.FHIR_JSON
+
+
 Count = Annotated[int, Query(ge=1, le=nightscout.MOST_ENTRIES)]
 
 
@@ -91,14 +99,15 @@ def add_nightscout_routes(app: FastAPI, services: Services) -> None:
 def add_fhir_routes(app: FastAPI, services: Services) -> None:
     """Add the FHIR R4 read of readings and forecast."""
 
-    @app.get(f"{FHIR_BASE}/metadata", operation_id="fhir_metadata")
+    @app.get(f"{FHIR_BASE}/metadata", response_class=FhirResponse, operation_id="fhir_metadata")
     async def metadata(request: Request) -> JSONResponse:
         """Return the capability statement."""
         document = fhir_out.capability(_base(request), services.clock())
-        return JSONResponse(document, media_type=fhir_out.FHIR_JSON)
+        return FhirResponse(document)
 
     @app.get(
         f"{FHIR_BASE}/Observation",
+        response_class=FhirResponse,
         responses=problems(401, 403, 404, 409, 422, 429, 503),
         operation_id="fhir_observations",
         openapi_extra=described(security=BEARER),
@@ -121,7 +130,7 @@ def add_fhir_routes(app: FastAPI, services: Services) -> None:
         else:
             made = or_declined(make_forecast(services.served.model(), times, values, services.clock(), "mg/dL"))
             found = [fhir_out.forecast(patient, made)]
-        return JSONResponse(fhir_out.bundle(found, _base(request)), media_type=fhir_out.FHIR_JSON)
+        return FhirResponse(fhir_out.bundle(found, _base(request)))
 
 
 _ENTRY_SCHEMA: dict[str, Any] = nightscout.Entry.model_json_schema()

@@ -26,7 +26,7 @@ class Reading(Frozen):
     """One sensor reading: its moment, with a UTC offset, and glucose in the unit of the request."""
 
     at: AwareDatetime
-    glucose: float = Field(gt=0)
+    glucose: float = Field(gt=0, le=10_000)
 
 
 class ForecastRequest(Frozen):

@@ -250,7 +250,7 @@ def _frame(rows: Sequence[tuple[str, int, float]], source: str, first_row: int =
     high = np.where(frame["glucose_mg_dl"] >= SENSOR_MAX_MG_DL, int(Flag.CENSORED_HIGH), 0)
     frame = frame.assign(
         row=np.arange(first_row, first_row + len(frame)),
-        measured_at=pd.to_datetime(frame["time_s"].astype("int64"), unit="s", utc=True),
+        measured_at=frame["time_s"].astype("int64").astype("datetime64[s]").dt.tz_localize("UTC"),
         zone="UTC",
         flags=low | high,
         source=source,

@@ -32,7 +32,7 @@ class Entry(BaseModel):
 
     type: str = Field(default="sgv", max_length=40)
     date: float = Field(gt=0, lt=_LATEST_MS)
-    sgv: float | None = None
+    sgv: float | None = Field(default=None, ge=0, le=10_000)
 
 
 _ENTRIES: TypeAdapter[list[Entry]] = TypeAdapter(list[Entry])

@@ -41,7 +41,7 @@ class RowRules:
         measured = {
             "glucose_mg_dl": glucose_mg_dl,
             "minutes_ahead_of_now": (time_s - now_s) / 60,
-            "year": datetime.fromtimestamp(time_s, tz=UTC).year,
+            "year": datetime.fromtimestamp(max(time_s, 0), tz=UTC).year,
         }
         return next((r.name for r in self.limits if not r.low <= measured[r.column] <= r.high), None)
 

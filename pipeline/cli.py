@@ -346,6 +346,20 @@ def demo_command(
     run_demo(out, rounds, epsilon, seed, say)
 
 
+@app.command("review")
+def review_command(
+    root: Annotated[Path, typer.Argument(help="Folder that holds mlruns/; a demo's is its --out.")] = Path(),
+) -> None:
+    """Tell how to open the runs in MLflow, and which columns to look at first."""
+    database = root / "mlruns" / "mlflow.db"
+    if not database.exists():
+        raise BadInput(f"{root} holds no mlruns/mlflow.db", "give the folder of a run; `islet demo` makes one")
+    say(f"cd {root.resolve()} && MLFLOW_DISABLE_TELEMETRY=true mlflow server --port 5000 "
+        "--backend-store-uri sqlite:///mlruns/mlflow.db")  # fmt: skip
+    say("then open http://127.0.0.1:5000 and the experiment's table of runs")
+    say("columns to show: heldout_rmse_30/* (mg/dL, lower is better), epsilon, rounds; newest first")
+
+
 @app.command("version")
 def version_command() -> None:
     """Print the version."""

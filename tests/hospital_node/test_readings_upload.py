@@ -217,3 +217,15 @@ def test_fhir_never_codes_a_forecast_as_a_measurement(served: Served) -> None:
     assert "Research use" in forecast["note"][0]["text"]
     assert forecast["derivedFrom"][0]["reference"] == f"Observation/{readings[0]['id']}"
     assert served.client.get("/fhir/R4/metadata").json()["fhirVersion"] == "4.0.1"
+
+
+def test_an_absurd_time_is_quarantined_and_folds(served: Served) -> None:
+    """A row of the year 1 or 9998 is refused by name and does not keep the journal from the store."""
+    sent = upload(2, value=last_value(served))
+    sent["readings"][0]["at"] = "0001-01-02T00:00:00Z"
+    sent["readings"][1]["at"] = "9998-01-01T00:00:00Z"
+    told = served.client.post(URL, json=sent, headers=served.key("writer")).json()
+    assert [r["rule"] for r in told["held"]] == ["clock-reset", "in-the-future"]
+    served.client.__exit__()
+    assert len(Store(served.home / "store").quarantined()) == 2
+    served.client.__enter__()
