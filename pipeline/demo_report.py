@@ -239,18 +239,27 @@ def _illustrations(
     nodes: Mapping[str, Path],
 ) -> tuple[Illustration, ...]:
     from aggregator.server_app import load_initial_weights
+    from pipeline.demo import SITES
     from pipeline.illustrations import Story, illustrate
+    from pipeline.other_epsilons import OTHER_EPSILONS, train_at
 
-    plan = record.folder.load_plan()
+    plan, start = record.folder.load_plan(), load_initial_weights(record.folder)
+    declared = {site.name: site.people - site.heldout for site in SITES}
+    others = {}
+    for epsilon in OTHER_EPSILONS:
+        path = record.curve_file.parent / "baselines" / f"epsilon-{epsilon:g}.npy"
+        others[epsilon] = _kept(path, lambda e=epsilon: train_at(e, cohorts, declared, plan, start))
+        record.stage(f"comparison: the same plan at epsilon {epsilon:g}")
     pooled = np.load(record.curve_file.parent / POOLED, allow_pickle=False)
     story = Story(
         spec=plan.model,
         weights=result.weights,
-        references={"public-only": load_initial_weights(record.folder), "pooled, no privacy": pooled},
+        references={"public-only": start, "pooled, no privacy": pooled},
         curve={int(number): errors for number, errors in record.curve().items()},
         spend={n: [(s.round, s.epsilon_by_node.get(n, 0.0)) for s in result.rounds] for n in nodes},
         ceiling=plan.privacy.epsilon,
         credit=_credit(result),
+        at_epsilon={**others, plan.privacy.epsilon: result.weights},
     )
     return illustrate(cohorts, compared, story)
 

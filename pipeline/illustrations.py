@@ -24,7 +24,7 @@ class Story:
     """What a run did besides its scores.
 
     weights and references: float32[D]; curve: round -> hospital -> RMSE at 30 minutes in mg/dL;
-    spend: hospital -> (round, epsilon).
+    spend: hospital -> (round, epsilon); at_epsilon: epsilon -> float32[D], the plan's own among them.
     """
 
     spec: ModelSpec
@@ -34,16 +34,15 @@ class Story:
     spend: Mapping[str, Sequence[tuple[int, float]]]
     ceiling: float
     credit: Sequence[CreditRow]
+    at_epsilon: Mapping[float, Float32]
 
 
 def illustrate(cohorts: Sequence[Cohort], compared: Comparison, story: Story) -> tuple[Illustration, ...]:
-    """Forecast examples, error grid, error by horizon, convergence, calibration, credit and privacy spend."""
+    """Forecasts, error grid, error by horizon, by round and by epsilon, calibration, credit and privacy spend."""
     ours, seen = compared.ours, compared.ours.mask[:, 5]
     mean = [(number, float(np.mean(list(errors.values())))) for number, errors in sorted(story.curve.items())]
-    levels = {
-        label: float(np.mean([quick_rmse_30(weights, story.spec, c.heldout) for c in cohorts]))
-        for label, weights in story.references.items()
-    }
+    levels = {label: _mean_error(weights, cohorts, story) for label, weights in story.references.items()}
+    by_epsilon = [(epsilon, _mean_error(weights, cohorts, story)) for epsilon, weights in story.at_epsilon.items()]
     by_model = {
         c.label: [(m, compared.evaluations[c.label].pooled.at(m).rmse) for m in SCORED_MINUTES] for c in COLUMNS
     }
@@ -66,6 +65,11 @@ def illustrate(cohorts: Sequence[Cohort], compared: Comparison, story: Story) ->
             plots.convergence({"federated": mean}, levels),
         ),
         Illustration(
+            "Error against privacy",
+            "The same plan at other epsilons, one run each; mean over hospitals, an even pick of each person's windows.",
+            plots.error_against_epsilon(sorted(by_epsilon), levels),
+        ),
+        Illustration(
             "Calibration",
             "Share of readings below each quantile.",
             plots.calibration({f"{m} min": coverage_curve(ours, m) for m in (30, 60)}),
@@ -81,6 +85,10 @@ def illustrate(cohorts: Sequence[Cohort], compared: Comparison, story: Story) ->
             plots.privacy_spend(story.spend, {"ceiling": story.ceiling}),
         ),
     )
+
+
+def _mean_error(weights: Float32, cohorts: Sequence[Cohort], story: Story) -> float:
+    return float(np.mean([quick_rmse_30(weights, story.spec, c.heldout) for c in cohorts]))
 
 
 def _most_variable(cohorts: Sequence[Cohort]) -> list[Cohort]:

@@ -225,6 +225,20 @@ def convergence(curves: Mapping[str, Sequence[tuple[int, float]]], references: M
 
 
 @_styled
+def error_against_epsilon(curve: Sequence[tuple[float, float]], references: Mapping[str, float]) -> Picture:
+    """RMSE at 30 minutes against epsilon: (epsilon, mg/dL), with lines for models without privacy or hospitals."""
+    figure, (axis,) = _canvas(1)
+    axis.plot(*zip(*curve, strict=True), **_line(0), label="federated, private")
+    for index, (label, value) in enumerate(references.items()):
+        axis.axhline(value, color=MUTED, lw=1.1, ls=(":", "--", "-.")[index % 3], label=label)
+    axis.set(xlabel="epsilon per patient, delta 1e-5", ylabel="RMSE at 30 min (mg/dL)", xscale="log")
+    axis.set_xticks([epsilon for epsilon, _ in curve], [f"{epsilon:g}" for epsilon, _ in curve])
+    axis.minorticks_off()
+    axis.legend(loc="upper right")
+    return _finish("error_against_epsilon", figure)
+
+
+@_styled
 def credit_bars(lines: Sequence[tuple[str, float, float, float]]) -> Picture:
     """Contribution of each node: (node, Shapley value, interval low, interval high), mg/dL of RMSE saved."""
     figure, (axis,) = _canvas(1, height=0.42 * len(lines) + 1.1)
