@@ -239,10 +239,10 @@ class Finding:
         return abs(self.claimed - self.recomputed) > 1e-6
 
 
-def examine(setting: Setting, variant: Variant) -> Finding:
-    """Audit one path."""
+def examine(setting: Setting, variant: Variant, source: NoiseSource | None = None) -> Finding:
+    """Audit one path, with the noise of production unless another source is given."""
     recomputed = epsilon_of([setting.round_event] * setting.rounds, DELTA)
-    return Finding(variant, variant.claim(setting), recomputed, run_variant(setting, variant))
+    return Finding(variant, variant.claim(setting), recomputed, run_variant(setting, variant, source))
 
 
 def table(findings: Sequence[Finding]) -> str:
