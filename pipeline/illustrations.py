@@ -66,7 +66,7 @@ def illustrate(cohorts: Sequence[Cohort], compared: Comparison, story: Story) ->
         ),
         Illustration(
             "Error against privacy",
-            "The same plan at other epsilons, one run each; mean over hospitals, an even pick of each person's windows.",
+            "The same plan at other epsilons, one run each: mean over hospitals, an even pick of everyone's windows.",
             plots.error_against_epsilon(sorted(by_epsilon), levels),
         ),
         Illustration(

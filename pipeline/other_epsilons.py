@@ -1,7 +1,7 @@
 """What the same plan would have given at another epsilon: for the picture of error against privacy, on public data.
 
-Rounds, sampling, clip and noise are those of the plan; network, ledger and budget are left out, so this must never run on
-patients whose privacy is at stake.
+Rounds, sampling, clip and noise are those of the plan; network, ledger and budget are left out, so this must never
+run on patients whose privacy is at stake.
 """
 
 from __future__ import annotations
