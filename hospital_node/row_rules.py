@@ -19,6 +19,7 @@ NEIGHBOUR_SECONDS = 150
 _COLUMNS = ("glucose_mg_dl", "minutes_ahead_of_now", "year")
 _BESIDE = "difference_within_150_s_mg_dl"
 _BETWEEN = "expect_column_values_to_be_between"
+_NOT_IN_SET = "expect_column_values_to_not_be_in_set"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,11 @@ class _Limit:
     column: str
     low: float
     high: float
+    codes: frozenset[float] = frozenset()
+
+    def holds(self, value: float) -> bool:
+        """Whether a value is within the limits and is none of the codes."""
+        return self.low <= value <= self.high and value not in self.codes
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +49,7 @@ class RowRules:
             "minutes_ahead_of_now": (time_s - now_s) / 60,
             "year": datetime.fromtimestamp(max(time_s, 0), tz=UTC).year,
         }
-        return next((r.name for r in self.limits if not r.low <= measured[r.column] <= r.high), None)
+        return next((r.name for r in self.limits if not r.holds(measured[r.column])), None)
 
     def beside(self, glucose_mg_dl: float, near: Iterable[float]) -> str | None:
         """Return the rule on readings within two and a half minutes, if one of them differs by too much, or None."""
@@ -59,9 +65,10 @@ def row_rules(suite: Suite | None = None) -> RowRules:
             str(rule.kwargs["column"]),
             float(rule.kwargs.get("min_value", "-inf")),
             float(rule.kwargs.get("max_value", "inf")),
+            frozenset(map(float, rule.kwargs.get("value_set", ()))),
         )
         for rule in (suite or load_suite()).rules
-        if rule.type == _BETWEEN and rule.severity == "quarantine"
+        if rule.type in (_BETWEEN, _NOT_IN_SET) and rule.severity == "quarantine"
     ]
     alone = tuple(limit for limit in limits if limit.column in _COLUMNS)
     beside = [limit for limit in limits if limit.column == _BESIDE]

@@ -35,6 +35,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
             run="run-1",
             at="2026-01-01T10:00:00+00:00",
             ceiling_epsilon=8.0,
+            noise="secure",
         )
     with made.client:
         yield made

@@ -87,7 +87,7 @@ def test_rows_that_break_a_rule_are_named_and_quarantined(served: Served) -> Non
     sent["readings"].append({"at": LAST.isoformat(), "glucose": base + 5})
     told = served.client.post(URL, json=sent, headers=served.key("writer")).json()
     assert {r["row"]: r["rule"] for r in told["held"]} == {
-        1: "below-sensor-range",
+        1: "sensor-error-code",
         2: "above-sensor-range",
         3: "in-the-future",
         4: "clock-reset",

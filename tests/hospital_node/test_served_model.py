@@ -86,8 +86,8 @@ def test_looking_once_a_second_notices_a_newer_model(models: tuple[Path, Path], 
     served = ServedModel(link, lambda: now[0])
     served.model()
     point_at(link, models[1])
-    now[0] = 2.0
     assert served.model().card.version == "1"
+    now[0] = 2.0
     waiting = threading.Event()
     for _ in range(3000):
         if served.model().card.version == "2":
