@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from data_schemas.canonical import canonical_bytes
 from data_schemas.frozen import Frozen
+
+_DECODING = threading.Lock()
 
 
 def to_record(body: Frozen, arrays: dict[str, np.ndarray] | None = None) -> RecordDict:
@@ -21,4 +25,6 @@ def from_record(record: RecordDict) -> tuple[bytes, dict[str, np.ndarray]]:
     body = record.config_records["body"]["json"]
     if not isinstance(body, bytes):
         raise TypeError("body is not bytes")
-    return body, {name: array.numpy() for name, array in record.array_records["arrays"].items()}
+    # numpy reads the header of an array with `ast`, which CPython 3.11 cannot do in two threads at once.
+    with _DECODING:
+        return body, {name: array.numpy() for name, array in record.array_records["arrays"].items()}
