@@ -72,16 +72,7 @@ class Errors:
 
 def recipe_of(plan: TrainingPlan, epsilon: float | None) -> Recipe:
     """What a training plan says, at another epsilon."""
-    local = LocalPlan(
-        steps=plan.local.steps_per_round,
-        learning_rate=plan.local.learning_rate,
-        sample_rate=plan.privacy.sample_rate,
-        noise_multiplier=0.0,
-        max_grad_norm=plan.privacy.max_grad_norm,
-        windows_per_patient=plan.local.windows_per_patient,
-        trainable=plan.local.trainable,
-    )
-    return Recipe(local, plan.rounds, epsilon, plan.server.average_last_rounds, plan.privacy.delta)
+    return Recipe(LocalPlan.of(plan, 0.0), plan.rounds, epsilon, plan.server.average_last_rounds, plan.privacy.delta)
 
 
 def demo_hospitals(folder: Path, history_minutes: int, seed: int) -> list[Hospital]:

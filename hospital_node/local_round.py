@@ -15,9 +15,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_schemas.canonical import bytes_hash, canonical_bytes, content_hash
-from data_schemas.messages import PrivacySpend, Refusal, RefusalCode, SignedUpdate, TrainTask, UpdateManifest
+from data_schemas.messages import (
+    PrivacySpend,
+    Refusal,
+    RefusalCode,
+    ReleaseTask,
+    SignedUpdate,
+    TrainTask,
+    UpdateManifest,
+)
 from hospital_node import ledger_view, replies
-from hospital_node.budget import BudgetBook, BudgetExhausted, Reservation
+from hospital_node.budget import BudgetBook, BudgetExhausted, Cohort, Reservation
 from hospital_node.ceilings import Declined, check_training, require
 from hospital_node.cohorts import training_windows
 from hospital_node.folder import NodeFolder
@@ -70,7 +78,7 @@ def _train(node: NodeFolder, task: TrainTask, weights: Vector, now_unix: float) 
     check_training(node.settings, book, task.plan, task.run, task.round)
     windows = training_windows(node, task.plan.model.history_minutes)
     _check_deadline(node, now_unix + time.monotonic() - started, task.deadline_unix)
-    reservation = _reserve(node, book, task, now_unix)
+    reservation = reserve(node, book, task, "training", now_unix)
     begun = time.monotonic()
     update = _update(node, task, weights, windows)
     _remember_duration(node, time.monotonic() - begun)
@@ -99,16 +107,20 @@ def _check_deadline(node: NodeFolder, now_unix: float, deadline_unix: float) -> 
     raise Declined(RefusalCode.DEADLINE_TOO_CLOSE)
 
 
-def _reserve(node: NodeFolder, book: BudgetBook, task: TrainTask, now_unix: float) -> Reservation:
+def reserve(
+    node: NodeFolder, book: BudgetBook, task: TrainTask | ReleaseTask, cohort: Cohort, now_unix: float
+) -> Reservation:
+    """Reserve what a task that was not answered yet costs its cohort, under the node's own ceiling."""
+    training = cohort == "training"
     reserved = book.reserve(
         task.task_id,
-        "training",
+        cohort,
         task.plan.privacy.unit,
-        task.plan.round_event,
+        task.plan.round_event if training else task.plan.release_event,
         asked_by=task.federation,
         run=task.run,
         at=utc_text(now_unix),
-        ceiling_epsilon=node.settings.max_epsilon_training,
+        ceiling_epsilon=node.settings.max_epsilon_training if training else node.settings.max_epsilon_heldout,
         noise=noise_kind(node.settings, task.plan),
         delta=task.plan.privacy.delta,
     )
@@ -124,16 +136,7 @@ def _update(node: NodeFolder, task: TrainTask, weights: Vector, windows: Windows
     from pipeline.private_training import LocalPlan, train_steps
 
     torch.set_num_threads(1)  # nodes may share a machine: more threads than cores slow everybody down
-    privacy, local = task.plan.privacy, task.plan.local
-    plan = LocalPlan(
-        steps=local.steps_per_round,
-        learning_rate=local.learning_rate,
-        sample_rate=privacy.sample_rate,
-        noise_multiplier=privacy.noise_multiplier,
-        max_grad_norm=privacy.max_grad_norm,
-        windows_per_patient=local.windows_per_patient,
-        trainable=local.trainable,
-    )
+    plan = LocalPlan.of(task.plan, task.plan.privacy.noise_multiplier)
     spec = ForecasterSpec(hidden_size=task.plan.model.hidden_size)
     source = noise_source(node.settings, task.plan, task.run, f"round {task.round} from {task.base_model_hash}")
     result = train_steps(weights, spec, windows, plan, node.settings.declared_training_patients, source)

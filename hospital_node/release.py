@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from data_schemas.messages import EpochRelease, PrivacySpend, Refusal, RefusalCode, ReleaseTask, SignedRelease
 from data_schemas.plan import CreditPlan
 from hospital_node import replies, scores
-from hospital_node.budget import BudgetBook, BudgetExhausted, Reservation
+from hospital_node.budget import BudgetExhausted
 from hospital_node.ceilings import Declined, check_plan, check_release, require
 from hospital_node.folder import NodeFolder
-from hospital_node.local_round import spend_of, utc_text
-from hospital_node.randomness import noise_kind, noise_source
+from hospital_node.local_round import reserve, spend_of
+from hospital_node.randomness import noise_source
 from pipeline.shapley import clip_rows
 
 _Z95 = 1.96
@@ -61,31 +61,13 @@ def _release(node: NodeFolder, task: ReleaseTask, now_unix: float) -> SignedRele
     check_release(node.settings, book, task.plan, task.run, task.epoch)
     require(now_unix < task.deadline_unix, RefusalCode.DEADLINE_TOO_CLOSE)
     sums = scores.epoch_sums(node.scores_db, task.run, task.epoch, task.nodes)
-    reservation = _reserve(node, book, task, now_unix)
+    reservation = reserve(node, book, task, "heldout", now_unix)
     signed = _signed(node, task, _noised(node, task, sums), spend_of(reservation), reservation.head)
     return replies.unpack(SignedRelease, book.commit(task.task_id, replies.pack(signed)))[0]
 
 
 def _well_formed(task: ReleaseTask) -> bool:
     return 1 <= len(task.nodes) == len(set(task.nodes)) and 1 <= task.epoch <= task.plan.credit_epochs
-
-
-def _reserve(node: NodeFolder, book: BudgetBook, task: ReleaseTask, now_unix: float) -> Reservation:
-    reserved = book.reserve(
-        task.task_id,
-        "heldout",
-        task.plan.privacy.unit,
-        task.plan.release_event,
-        asked_by=task.federation,
-        run=task.run,
-        at=utc_text(now_unix),
-        ceiling_epsilon=node.settings.max_epsilon_heldout,
-        noise=noise_kind(node.settings, task.plan),
-        delta=task.plan.privacy.delta,
-    )
-    if isinstance(reserved, bytes):
-        raise TypeError("a committed task is answered before it is reserved")
-    return reserved
 
 
 def _noised(node: NodeFolder, task: ReleaseTask, sums: NDArray[np.float64]) -> tuple[float, ...]:

@@ -50,7 +50,8 @@ def finish(
 ) -> None:
     """Compare, export, publish, serve once, verify, and write what people look at."""
     compared = _compare(out, folder, cohorts, result, stage)
-    export_model(out / "model", folder, result, _card_results(compared), compared.membership)
+    results = _card_results(compared)
+    export_model(out / "model", folder, result, results, compared.membership)
     stage(f"model {result.model_hash[:12]} exported to {out / 'model'}, ONNX equal to torch")
     verified = _verify(folder, nodes)
     stage(
@@ -58,7 +59,7 @@ def finish(
         f"cosigned by {len(verified.cosigned_by)} of {len(nodes)} hospitals"
     )
     pictures = _illustrations(cohorts, compared, record, result, nodes)
-    _publish(out, record, result, compared, pictures, stage)
+    _publish(out, record, result, results, pictures, stage)
     stage(ask_endpoint(nodes[cohorts[0].name], out / "model", cohorts[0]))
     data = _report_data(folder, compared, intake, result, nodes, verified, pictures)
     write_report(data, out / "report.html")
@@ -168,19 +169,13 @@ def _publish(
     out: Path,
     record: RunRecord,
     result: FederationResult,
-    compared: Comparison,
+    results: tuple[CardResult, ...],
     pictures: tuple[Illustration, ...],
     stage: Stage,
 ) -> None:
     """Register the model in MLflow; an outage is said and costs nothing else."""
     if record.registry is None:
         return
-    results = {
-        f"rmse_{minutes}/{group.name}/{column.label}": group.at(minutes).rmse
-        for column in COLUMNS
-        for group in (*compared.evaluations[column.label].sites, compared.evaluations[column.label].pooled)
-        for minutes in (30, 60)
-    }
     try:
         published = record.registry.finish(
             record.run_id,
@@ -188,7 +183,7 @@ def _publish(
             plots={f"{i.picture.name}.png": i.picture.png() for i in pictures},
             privacy={"unit": "patient", "epsilon_by_node": result.epsilon_by_node},
             credit={f"epoch {c.epoch}": [line.model_dump(mode="json") for line in c.lines] for c in result.credits},
-            results=results,
+            results={f"rmse_{r.horizon_minutes}/{r.site}/{r.model}": r.rmse_mg_dl for r in results},
         )
         stage(f"MLflow: registered {published.uri} as {published.alias}")
     except IsletError as error:

@@ -31,15 +31,7 @@ def train_at(
 ) -> Float32:
     """Released weights float32[D] of the plan at this epsilon, from start weights float32[D]; momentum is left out."""
     steps = plan.rounds * plan.local.steps_per_round
-    local = LocalPlan(
-        steps=plan.local.steps_per_round,
-        learning_rate=plan.local.learning_rate,
-        sample_rate=plan.privacy.sample_rate,
-        noise_multiplier=calibrate(epsilon, plan.privacy.delta, plan.privacy.sample_rate, steps),
-        max_grad_norm=plan.privacy.max_grad_norm,
-        windows_per_patient=plan.local.windows_per_patient,
-        trainable=plan.local.trainable,
-    )
+    local = LocalPlan.of(plan, calibrate(epsilon, plan.privacy.delta, plan.privacy.sample_rate, steps))
     spec, everybody = ForecasterSpec(hidden_size=plan.model.hidden_size), sum(declared.values())
     weights, last = start, list[Float32]()
     for number in range(plan.rounds):

@@ -25,7 +25,7 @@ from opacus.grad_sample import register_grad_sampler, register_norm_sampler
 from opacus.optimizers import DPOptimizerFastGradientClipping
 from torch import Tensor, nn
 
-from data_schemas.plan import PrivacyEvent
+from data_schemas.plan import PrivacyEvent, TrainingPlan
 from pipeline.book_keeping import Book, add_clipped_gradients, parts_of, square_norms
 from pipeline.fitting import trainer
 from pipeline.forecaster import Forecaster, ForecasterSpec, flatten, unflatten, window_losses
@@ -66,6 +66,19 @@ class LocalPlan:
             raise ValueError("noise_multiplier must be finite and not negative")
         if self.trainable not in ("all", "head"):
             raise ValueError("trainable must be 'all' or 'head'")
+
+    @classmethod
+    def of(cls, plan: TrainingPlan, noise_multiplier: float) -> LocalPlan:
+        """What a training plan asks of one hospital in a round, at this noise."""
+        return cls(
+            steps=plan.local.steps_per_round,
+            learning_rate=plan.local.learning_rate,
+            sample_rate=plan.privacy.sample_rate,
+            noise_multiplier=noise_multiplier,
+            max_grad_norm=plan.privacy.max_grad_norm,
+            windows_per_patient=plan.local.windows_per_patient,
+            trainable=plan.local.trainable,
+        )
 
     @property
     def event(self) -> PrivacyEvent:

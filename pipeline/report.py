@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import html
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_schemas.errors import StorageFailed
 from data_schemas.plan import RELATION, PrivacyUnit
 from data_schemas.units import DELTA, RESEARCH_LABEL
 from pipeline.evaluation import Evaluation
 from pipeline.plots import Picture
+from pipeline.signing import write_durably
 
 PUBLIC_DATA_NOTE = (
     "Exact per-hospital figures are shown because this data is public; in a federation only noised, accounted "
@@ -152,19 +151,7 @@ class ReportData:
 
 def write_report(data: ReportData, out: Path) -> None:
     """Write the report as one HTML file, complete or not at all. Raises StorageFailed."""
-    text = render_html(data)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(out)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise StorageFailed(
-            f"could not write the report {out.name}: {error.strerror}", "free some space or give another folder"
-        ) from error
+    write_durably(out, render_html(data).encode())
 
 
 def render_html(data: ReportData) -> str:

@@ -11,6 +11,7 @@ from data_schemas.errors import StorageFailed
 from data_schemas.messages import Refusal, RefusalCode, ReleaseTask, SignedRelease
 from hospital_node import release, scores
 from hospital_node.folder import NodeFolder
+from hospital_node.local_round import reserve
 from tests.hospital_node.small_node import FEDERATION, NOW, make_node, plan
 
 
@@ -38,7 +39,7 @@ def test_a_committed_release_is_never_reserved_again(tmp_path: Path) -> None:
         assert isinstance(release.release(node, task(), NOW), SignedRelease)
 
         with pytest.raises(TypeError, match="answered before"):
-            release._reserve(node, node.budget(), task(), NOW)
+            reserve(node, node.budget(), task(), "heldout", NOW)
 
         assert [row.noise for row in node.budget().rows()] == ["seeded"]
 
