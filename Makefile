@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow lint bench audit coverage openapi lock clean
+.PHONY: demo test test-slow browser lint bench audit coverage openapi lock clean
 
 .venv/installed: pyproject.toml requirements.lock
 	$(PYTHON) -m venv .venv
@@ -18,6 +18,11 @@ test: .venv/installed
 # The long drills: every kill point of a round, every disk fault of the ledger.
 test-slow: .venv/installed
 	$(BIN)/python -m pytest -q -m slow
+
+# Every page in a real browser: clicks, keyboard, contrast, console; pictures go to browser-shots/. It needs Chromium: on
+# Debian `apt-get install --no-install-recommends chromium fonts-liberation`. Nothing is skipped without it: it fails.
+browser: .venv/installed
+	$(BIN)/python -m pytest -q -m browser tests/browser
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -55,4 +60,4 @@ lock:
 	rm -rf .venv-lock
 
 clean:
-	rm -rf .venv build dist *.egg-info demo-run audit-run .coverage
+	rm -rf .venv build dist *.egg-info demo-run audit-run browser-shots .coverage
