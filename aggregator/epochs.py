@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aggregator.admission import RejectionCode, is_hash
-from aggregator.contribution import credit
 from aggregator.courier import COSIGN, RELEASE, SCORE, Courier, Reply
 from aggregator.ledger import Ledger
 from data_schemas.canonical import canonical_bytes
@@ -32,6 +31,7 @@ from data_schemas.messages import (
 )
 from data_schemas.plan import TrainingPlan
 from pipeline.checkpoint import NoteSignature, SignedCheckpoint
+from pipeline.contribution import credit
 from pipeline.signing import verify
 
 Members = Mapping[str, MemberEntry]

@@ -18,7 +18,6 @@ from pydantic import ValidationError
 
 from aggregator.ledger import APPLICATION_ID, CHECKPOINT_FILE, PAGE_BYTES, SCHEMA, SCHEMA_VERSION, once_mark
 from aggregator.ledger_file import open_ledger_file
-from aggregator.ledger_rules import Replay, fault
 from data_schemas.canonical import canonical_bytes
 from data_schemas.errors import BadInput, CheckFailed, StorageFailed
 from data_schemas.ledger import CreditEntry, Entry, EntryProof, LedgerEntry, ModelEntry, PlanEntry, Receipt, RoundEntry
@@ -26,6 +25,7 @@ from pipeline import checkpoint as notes
 from pipeline import merkle
 from pipeline.checkpoint import SignedCheckpoint
 from pipeline.inclusion import split_payload
+from pipeline.ledger_rules import Replay, fault
 from pipeline.signing import verify, write_durably
 
 

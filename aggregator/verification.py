@@ -18,7 +18,6 @@ from pydantic import ValidationError
 from aggregator.governance import governance_summary
 from aggregator.ledger import CHECKPOINT_FILE, once_mark
 from aggregator.ledger_file import HINT, LedgerFile, check_structure, open_ledger_file
-from aggregator.ledger_rules import Replay, fault, nickname
 from data_schemas.canonical import canonical_bytes
 from data_schemas.errors import BadInput, CheckFailed, Tampered
 from data_schemas.ledger import (
@@ -34,6 +33,7 @@ from pipeline import checkpoint as notes
 from pipeline import merkle
 from pipeline.checkpoint import Checkpoint, SignedCheckpoint
 from pipeline.inclusion import split_payload
+from pipeline.ledger_rules import Replay, fault, nickname
 from pipeline.signing import verify, write_durably
 
 

@@ -19,7 +19,6 @@ import numpy as np
 import numpy.typing as npt
 
 from aggregator.admission import max_update_norm, originality_code
-from aggregator.contribution import credit
 from data_schemas.messages import EpochRelease
 from data_schemas.plan import AggregationRule, TrainingPlan
 from hospital_node.cohorts import held_out_windows, training_windows
@@ -27,6 +26,7 @@ from hospital_node.folder import NodeFolder
 from hospital_node.release import noise_std_mg_dl
 from hospital_node.scoring import HeldOut, coalition_models, heldout_of, patient_utilities
 from pipeline.accounting import calibrate
+from pipeline.contribution import credit
 from pipeline.demo import PLAN, SITES
 from pipeline.forecaster import ForecasterSpec
 from pipeline.noise import SeededNoise

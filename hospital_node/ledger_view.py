@@ -1,8 +1,9 @@
 """The node's own copy of the ledger: it replays what was decided, and trains on nothing else.
 
-ledger.jsonl holds the entries' canonical bytes, one a line, in order. It grows only by entries that lead to a
-checkpoint which the aggregator signed; the same step cosigns it (hospital_node.witness). alarm.json is written when
-what the aggregator logged cannot be true; while it is there the node trains no further.
+ledger.jsonl holds the entries' canonical bytes, one a line, in order. It grows only by entries that obey every rule of
+pipeline.ledger_rules and lead to a checkpoint which the aggregator signed; the same step cosigns it
+(hospital_node.witness). alarm.json is written when what the aggregator logged cannot be true; while it is there the
+node trains no further.
 """
 
 from __future__ import annotations
@@ -14,15 +15,17 @@ from pydantic import ValidationError
 
 from data_schemas.canonical import canonical_bytes, content_hash
 from data_schemas.errors import StorageFailed, Tampered
-from data_schemas.ledger import LedgerEntry
+from data_schemas.ledger import LedgerEntry, RoundEntry
 from data_schemas.messages import RefusalCode, ScoreTask, TrainTask
 from data_schemas.plan import TrainingPlan
+from hospital_node import own_rounds
 from hospital_node.ceilings import require
 from hospital_node.folder import NodeFolder
 from pipeline import merkle
 from pipeline.charter import Charter, run_name
 from pipeline.checkpoint import Checkpoint
 from pipeline.inclusion import split_payload
+from pipeline.ledger_rules import Replay, fault
 from pipeline.signing import verify, write_durably
 
 COPY, ALARM = "ledger.jsonl", "alarm.json"
@@ -39,19 +42,23 @@ def payloads(node: NodeFolder) -> tuple[bytes, ...]:
     return tuple(content.split(b"\n")[:-1])
 
 
-def charter_of(held: tuple[bytes, ...], public_key: str) -> Charter:
-    """Replay the entries. Raises Tampered when one is not the aggregator's or breaks the federation's rules."""
-    charter = Charter()
-    for index, payload in enumerate(held):
+def charter_of(held: tuple[bytes, ...], public_key: str, new: tuple[bytes, ...] = ()) -> Charter:
+    """Replay the entries held, then new ones: their members' signatures, sums and credits are checked too.
+
+    Raises Tampered when one is not the aggregator's or breaks the federation's rules.
+    """
+    replay = Replay()
+    for index, payload in enumerate((*held, *new)):
         try:
             line = LedgerEntry.model_validate_json(payload)
         except ValidationError as error:
             raise Tampered(COPY, index, "an entry cannot be read") from error
         if line.index != index or not verify(public_key, *split_payload(payload)):
             raise Tampered(COPY, index, "an entry is not the one that the aggregator signed")
-        if wrong := charter.take(line):
+        replay.signatures = index >= len(held)
+        if wrong := fault(line.entry, replay, payload, line.recorded_at):
             raise Tampered(COPY, index, f"an entry breaks the federation's rules ({wrong})")
-    return charter
+    return replay.charter
 
 
 def extend(
@@ -68,13 +75,22 @@ def extend(
         return RefusalCode.LEDGER_FORK
     if any("\n" in entry for entry in entries):
         return RefusalCode.MALFORMED_TASK
+    new_lines = grown[len(held) :]
     try:
-        charter_of(grown, str(node.settings.aggregator_public_key))
+        charter_of(held, str(node.settings.aggregator_public_key), new_lines)
     except Tampered:
         return RefusalCode.LEDGER_BREAKS_RULES
+    if (wrong := own_rounds.fault(node, _rounds(new_lines))) is not None:
+        _raise_alarm(node, *wrong)
+        return RefusalCode.ALARM
     if entries:
         _append(node, held, [entry.encode() for entry in entries])
     return None
+
+
+def _rounds(lines: tuple[bytes, ...]) -> list[RoundEntry]:
+    entries = (LedgerEntry.model_validate_json(line).entry for line in lines)
+    return [entry for entry in entries if isinstance(entry, RoundEntry)]
 
 
 def check_training(node: NodeFolder, task: TrainTask) -> None:
@@ -135,15 +151,20 @@ def raise_alarm_if_false(node: NodeFolder, task: ScoreTask, recomputed: str) -> 
         content_hash(task.plan),
     )
     if same and closed.new_model_hash != recomputed:
-        told = {"run": task.run, "round": task.round, "logged": closed.new_model_hash, "recomputed": recomputed}
-        write_durably(node.path / ALARM, canonical_bytes(told) + b"\n", mode=0o600)
+        _raise_alarm(node, closed, f"its model is not the sum of its updates, which is {recomputed}")
+
+
+def _raise_alarm(node: NodeFolder, entry: RoundEntry, what: str) -> None:
+    """Write down what was wrong with which entry, which is the evidence."""
+    told = {"run": entry.run, "round": entry.round, "what": what, "entry": entry.model_dump(mode="json")}
+    write_durably(node.path / ALARM, canonical_bytes(told) + b"\n", mode=0o600)
 
 
 def alarm(node: NodeFolder) -> str | None:
     """What raised the alarm, in words, or None. An unreadable alarm is one."""
     try:
         told = json.loads((node.path / ALARM).read_bytes())
-        return f"round {told['round']} of run {told['run']}: the logged model is not the sum of the logged updates"
+        return f"round {told['round']} of run {told['run']} in the ledger: {told['what']}"
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError):

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from aggregator import ledger_file
-from aggregator.contribution import credit
 from aggregator.ledger import CHECKPOINT_FILE, Ledger
 from aggregator.verification import export, render_verification, show_entry, verify_ledger
 from data_schemas.canonical import canonical_bytes
@@ -22,6 +21,7 @@ from data_schemas.messages import EpochRelease, PrivacySpend, SignedRelease, Sig
 from data_schemas.plan import RELATION, PrivacyEvent
 from pipeline import merkle
 from pipeline.checkpoint import add_cosignatures, cosign, verify_note
+from pipeline.contribution import credit
 from pipeline.signing import PrivateKey
 
 KEY = PrivateKey.from_seed(b"A" * 32)

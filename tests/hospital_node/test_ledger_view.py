@@ -223,8 +223,9 @@ def test_a_false_sum_in_the_log_raises_the_alarm_for_good(path: Path, honest: bo
         admitted=(SignedUpdate(manifest=manifest, signature=other.sign(manifest)),),
         rejected=(),
     )
-    log = log_of(founding(), member(path), PlanEntry(run=RUN, plan_hash=content_hash(PLAN)), closed)
-    show(path, log.task(0))
+    south = member(path).model_copy(update={"node": "south", "public_key": other.public.hex})
+    log = log_of(founding(), member(path), south, PlanEntry(run=RUN, plan_hash=content_hash(PLAN)), closed)
+    assert isinstance(show(path, log.task(0)), Cosigned)
     task = ScoreTask(
         federation=FEDERATION,
         run=RUN,

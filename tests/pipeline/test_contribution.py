@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aggregator.contribution import credit
 from data_schemas.errors import BadInput
 from data_schemas.messages import EpochRelease
+from pipeline.contribution import credit
 
 NODES = ("alpha", "bravo", "charlie", "delta", "echo", "foxtrot", "golf")
 POT = 1_000_000
