@@ -66,6 +66,7 @@ class RejectionCode(StrEnum):
     COPIED = "copied"
     # Failures before there was an update to look at.
     MALFORMED_REPLY = "malformed-reply"
+    TOO_LARGE = "too-large"
     NOT_CONNECTED = "not-connected"
     NO_REPLY = "no-reply"
     NODE_RAISED = "node-raised"

@@ -46,12 +46,14 @@ from data_schemas.messages import ReleaseTask
 from data_schemas.plan import RELATION, TrainingPlan
 from pipeline.charter import run_name
 from pipeline.checkpoint import SignedCheckpoint
-from pipeline.wire import from_record, to_record
+from pipeline.wire import TooLarge, from_record, to_record
 
 Vector = NDArray[np.float32]
 Clock = Callable[[], float]
 Outcome = TypeVar("Outcome")
 _log = logging.getLogger("islet.aggregator")
+# The widest forecaster that a plan can name has 5 MB of weights.
+_MOST_REPLY_BYTES = 16 * 2**20
 _FAILURES = {
     ErrorCode.CLIENT_APP_RAISED_EXCEPTION: RejectionCode.NODE_RAISED,
     ErrorCode.CLIENT_APP_CRASHED: RejectionCode.NODE_RAISED,
@@ -366,9 +368,10 @@ def _incoming(node_id: int, reply: Message | None) -> Incoming:
         return Incoming(node_id, failure=RejectionCode.NO_REPLY)
     if reply.has_error():
         return Incoming(node_id, failure=_FAILURES.get(reply.error.code, RejectionCode.TRANSPORT_ERROR))
-    parsed = _attempt(partial(from_record, reply.content))
+    parsed = _attempt(partial(from_record, reply.content, _MOST_REPLY_BYTES))
     if isinstance(parsed, Exception):
-        return Incoming(node_id, failure=RejectionCode.MALFORMED_REPLY)
+        too_large = isinstance(parsed, TooLarge)
+        return Incoming(node_id, failure=RejectionCode.TOO_LARGE if too_large else RejectionCode.MALFORMED_REPLY)
     return Incoming(node_id, body=parsed[0], arrays=parsed[1])
 
 

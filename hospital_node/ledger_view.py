@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from data_schemas.canonical import canonical_bytes, content_hash
 from data_schemas.errors import StorageFailed, Tampered
 from data_schemas.ledger import LedgerEntry, RoundEntry
-from data_schemas.messages import RefusalCode, ScoreTask, TrainTask
+from data_schemas.messages import RefusalCode, ReleaseTask, ScoreTask, TrainTask
 from data_schemas.plan import TrainingPlan
 from hospital_node import own_rounds
 from hospital_node.ceilings import require
@@ -71,7 +71,8 @@ def extend(
     held = payloads(node)[:old_size]
     grown = (*held, *(entry.encode() for entry in entries))
     tree = merkle.Tree(merkle.leaf_hash(payload) for payload in grown)
-    if tree.size != new.size or tree.root() != new.root or seen.size > new.size or tree.root(seen.size) != seen.root:
+    whole = tree.size == new.size and tree.root() == new.root
+    if not whole or seen.origin != new.origin or seen.size > new.size or tree.root(seen.size) != seen.root:
         return RefusalCode.LEDGER_FORK
     if any("\n" in entry for entry in entries):
         return RefusalCode.MALFORMED_TASK
@@ -98,9 +99,15 @@ def check_training(node: NodeFolder, task: TrainTask) -> None:
 
     A node that was made without the aggregator's key follows no ledger and decides by its own ceilings alone.
     """
+    charter = check_decided(node, task)
+    require(charter is None or _is_logged_base(charter, task), RefusalCode.MODEL_NOT_DECIDED)
+
+
+def check_decided(node: NodeFolder, task: TrainTask | ReleaseTask) -> Charter | None:
+    """Raise Declined unless the federation decided what this task's run may cost; its charter, where there is one."""
     require(alarm(node) is None, RefusalCode.ALARM)
     if node.settings.aggregator_public_key is None:
-        return
+        return None
     charter = charter_of(payloads(node), node.settings.aggregator_public_key)
     require(charter.founded and charter.federation == task.federation, RefusalCode.NOT_FOUNDED)
     require(not charter.paused, RefusalCode.FEDERATION_PAUSED)
@@ -108,7 +115,7 @@ def check_training(node: NodeFolder, task: TrainTask) -> None:
     require(own is not None and own.public_key == node.key.public.hex, RefusalCode.NOT_A_MEMBER)
     require(charter.plans.get(task.run) == content_hash(task.plan), RefusalCode.PLAN_NOT_DECIDED)
     _check_policy(node, charter, task.plan)
-    require(_is_logged_base(charter, task), RefusalCode.MODEL_NOT_DECIDED)
+    return charter
 
 
 def _check_policy(node: NodeFolder, charter: Charter, plan: TrainingPlan) -> None:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from data_schemas.messages import EpochRelease, PrivacySpend, Refusal, RefusalCode, ReleaseTask, SignedRelease
 from data_schemas.plan import CreditPlan
-from hospital_node import replies, scores
+from hospital_node import ledger_view, replies, scores
 from hospital_node.budget import BudgetExhausted
 from hospital_node.ceilings import Declined, check_plan, check_release, require
 from hospital_node.folder import NodeFolder
@@ -55,6 +55,7 @@ def _release(node: NodeFolder, task: ReleaseTask, now_unix: float) -> SignedRele
     book = node.budget()
     if (stored := book.stored_reply(task.task_id)) is not None:
         return replies.unpack(SignedRelease, stored)[0]
+    ledger_view.check_decided(node, task)
     check_plan(node.settings, task.plan)
     if abstains(task.plan.credit, node.settings.declared_heldout_patients):
         return _signed(node, task, (), None, book.head())

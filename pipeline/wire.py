@@ -20,11 +20,28 @@ def to_record(body: Frozen, arrays: dict[str, np.ndarray] | None = None) -> Reco
     return records
 
 
-def from_record(record: RecordDict) -> tuple[bytes, dict[str, np.ndarray]]:
-    """JSON bytes and arrays of a record; KeyError or TypeError when it is not one of ours."""
-    body = record.config_records["body"]["json"]
+class TooLarge(ValueError):
+    """A message holds more bytes than its reader takes."""
+
+
+def from_record(record: RecordDict, most_bytes: int | None = None) -> tuple[bytes, dict[str, np.ndarray]]:
+    """JSON bytes and arrays of a record.
+
+    Raises TooLarge before anything is decoded, and KeyError, TypeError or ValueError when it is not one of ours.
+    """
+    body, arrays = record.config_records["body"]["json"], record.array_records["arrays"]
     if not isinstance(body, bytes):
         raise TypeError("body is not bytes")
+    if most_bytes is not None and len(body) + sum(len(array.data) for array in arrays.values()) > most_bytes:
+        raise TooLarge("the message is larger than its reader takes")
     # numpy reads the header of an array with `ast`, which CPython 3.11 cannot do in two threads at once.
     with _DECODING:
-        return body, {name: array.numpy() for name, array in record.array_records["arrays"].items()}
+        return body, {name: _plain(array) for name, array in arrays.items()}
+
+
+def _plain(array: Array) -> np.ndarray:
+    """Decode an array; numpy would open a zip archive in its place without a complaint."""
+    decoded = array.numpy()
+    if not isinstance(decoded, np.ndarray):
+        raise TypeError("an array is not one")
+    return decoded

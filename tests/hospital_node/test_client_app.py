@@ -44,6 +44,8 @@ from tests.hospital_node.test_scoring import NODES, score_task, updates_for
 Arrays = dict[str, npt.NDArray[Any]]
 Reply = Hello | Refusal | SignedUpdate | Scored | SignedRelease | WitnessState | Cosigned
 FAR = 4e9
+# A plan whose noise on credit is larger than any score.
+DROWNED, DROWNED_RUN = plan(credit__noise_multiplier=2.1), "drowned"
 AGGREGATOR = PrivateKey.from_seed(b"a" * 32)
 PRIVACY_PAGE = Path(__file__).parents[2] / "docs" / "privacy.md"
 
@@ -59,7 +61,8 @@ def identity(monkeypatch: pytest.MonkeyPatch) -> None:
 def home(tmp_path: Path) -> Path:
     path = make_node(tmp_path / "north", aggregator_public_key=AGGREGATOR.public.hex)
     fill(path, patients=12)
-    log = log_of(founding(), member(path), PlanEntry(run=RUN, plan_hash=content_hash(plan())))
+    plans = [PlanEntry(run=run, plan_hash=content_hash(p)) for run, p in ((RUN, plan()), (DROWNED_RUN, DROWNED))]
+    log = log_of(founding(), member(path), *plans)
     (path / COPY).write_bytes(b"".join(line + b"\n" for line in log.lines))
     return path
 
@@ -86,8 +89,8 @@ def conversation(home: Path) -> list[tuple[Reply, Arrays]]:
     tree = merkle.Tree([merkle.leaf_hash(b"entry")])
     note = checkpoint.sign(Checkpoint("ledger/one", 1, tree.root().hex()), AGGREGATOR)
     cosign = CosignTask(federation=FEDERATION, checkpoint=note, old_size=0, consistency_proof=())
-    release = ReleaseTask(federation=FEDERATION, run="run-1", epoch=1, plan=task_plan, nodes=NODES, deadline_unix=FAR)
-    drowned = release.model_copy(update={"plan": plan(credit__noise_multiplier=2.1)})
+    release = ReleaseTask(federation=FEDERATION, run=RUN, epoch=1, plan=task_plan, nodes=NODES, deadline_unix=FAR)
+    drowned = release.model_copy(update={"plan": DROWNED, "run": DROWNED_RUN})
     score = score_task(task_plan, weights, updates)
     train = train_task(task_plan, weights, run=RUN, deadline_unix=FAR)
     return [
