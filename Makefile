@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow browser lint bench audit coverage openapi lock clean
+.PHONY: demo test test-slow browser deployment lint bench audit coverage openapi lock clean
 
 .venv/installed: pyproject.toml requirements.lock
 	$(PYTHON) -m venv .venv
@@ -23,6 +23,10 @@ test-slow: .venv/installed
 # Debian `apt-get install --no-install-recommends chromium fonts-liberation`. Nothing is skipped without it: it fails.
 browser: .venv/installed
 	$(BIN)/python -m pytest -q -m browser tests/browser
+
+# A federation of real processes: SuperLink, SuperExec and three hospitals' nodes over TLS on the loopback interface.
+deployment: .venv/installed
+	$(BIN)/python -m pytest -q -p no:randomly -m deployment tests/deployment
 
 lint: .venv/installed
 	$(BIN)/ruff check .

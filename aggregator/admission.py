@@ -70,6 +70,7 @@ class RejectionCode(StrEnum):
     NOT_CONNECTED = "not-connected"
     NO_REPLY = "no-reply"
     NODE_RAISED = "node-raised"
+    BUNDLE_REFUSED = "bundle-refused"
     EXPIRED = "expired"
     NODE_UNAVAILABLE = "node-unavailable"
     TRANSPORT_ERROR = "transport-error"

@@ -55,6 +55,7 @@ _log = logging.getLogger("islet.aggregator")
 # The widest forecaster that a plan can name has 5 MB of weights.
 _MOST_REPLY_BYTES = 16 * 2**20
 _FAILURES = {
+    ErrorCode.LOAD_CLIENT_APP_EXCEPTION: RejectionCode.BUNDLE_REFUSED,
     ErrorCode.CLIENT_APP_RAISED_EXCEPTION: RejectionCode.NODE_RAISED,
     ErrorCode.CLIENT_APP_CRASHED: RejectionCode.NODE_RAISED,
     ErrorCode.MESSAGE_UNAVAILABLE: RejectionCode.EXPIRED,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from flwr.app import Context
@@ -22,6 +23,9 @@ from aggregator.state import hold
 from data_schemas.errors import BadInput
 from data_schemas.ledger import CreditEntry
 
+if TYPE_CHECKING:
+    from aggregator.recorder import Recorder
+
 FOLDER = "aggregator-folder"
 _log = logging.getLogger("islet.aggregator")
 
@@ -29,7 +33,10 @@ app = ServerApp()
 
 
 class LogObserver:
-    """Writes one line per round and epoch to the log."""
+    """Writes one line per round and epoch to the log, and lets a recorder keep it."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
 
     def round_closed(self, summary: RoundSummary) -> None:
         """Log who was admitted and who was not."""
@@ -41,23 +48,33 @@ class LogObserver:
             len(summary.admitted),
             rejected,
         )
+        self._recorder.round_closed(summary)
 
     def epoch_closed(self, credit: CreditEntry) -> None:
         """Log who earned what."""
         lines = ", ".join(f"{line.node} {line.micro_credits}" for line in credit.lines)
         _log.info("epoch %d: micro-credits %s, unpaid %d", credit.epoch, lines, credit.unpaid_micro_credits)
+        self._recorder.epoch_closed(credit)
 
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run, or resume, the federation of the folder that the run configuration names."""
+    """Run, or resume, the federation of the folder that the run configuration names, and release its model."""
+    from aggregator.recorder import Recorder
+    from aggregator.release import release
+
     configured = str(context.run_config.get(FOLDER) or os.environ.get("ISLET_AGGREGATOR_HOME", ""))
     if not configured:
         raise BadInput(
             "the run does not say where the aggregator's folder is",
             f"give {FOLDER} in the run config, or set ISLET_AGGREGATOR_HOME",
         )
-    run_folder(grid, open_folder(Path(configured)), LogObserver())
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s : %(message)s")
+    _log.setLevel(logging.INFO)
+    folder = open_folder(Path(configured))
+    recorder = Recorder.start(folder.path, folder, _log.warning)
+    released = release(folder, run_folder(grid, folder, LogObserver(recorder)), recorder)
+    _log.info("released the model %s", released.name)
 
 
 def run_folder(grid: Grid, folder: AggregatorFolder, observer: Observer) -> FederationResult:

@@ -32,7 +32,8 @@ class AggregatorSettings(Frozen):
 
     plan: JSON of a calibrated plan; initial_weights: an .npz with the start model (empty: the public warm start). Both
     relative to the folder. min_updates admitted updates close a round; a round is
-    tried at most max_attempts times, retry_pause_s apart.
+    tried at most max_attempts times, retry_pause_s apart. port: where the SuperLink listens on the loopback address;
+    the joining desk has the next one. fleet_address and desk_address: HOST:PORT where hospitals reach the two.
     """
 
     federation: str = Field(min_length=1, max_length=200, pattern=r"^[^\s+]+$")
@@ -45,6 +46,9 @@ class AggregatorSettings(Frozen):
     round_timeout_s: float = Field(default=600.0, gt=0)
     score_timeout_s: float = Field(default=600.0, gt=0)
     cosign_timeout_s: float = Field(default=60.0, gt=0)
+    port: int = Field(default=8000, ge=1024, le=65_534)
+    fleet_address: str = Field(default="127.0.0.1:8000", pattern=r"^.+:[0-9]+$")
+    desk_address: str = Field(default="127.0.0.1:8001", pattern=r"^.+:[0-9]+$")
 
 
 @dataclass(frozen=True)

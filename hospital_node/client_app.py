@@ -178,13 +178,18 @@ def _cosign(node: NodeFolder, body: bytes, _arrays: Arrays) -> Answer:
 def _log(home: Path, error: Exception) -> None:
     """One line in reports/node.log: when, what kind of error, where in the code. Its text only where we wrote it.
 
-    Texts of other libraries' errors may quote a value; ours never do. A log that cannot be written stops nothing.
+    Texts of other libraries' errors may quote a value; ours never do.
     """
     frames = traceback.extract_tb(error.__traceback__)
     where = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "?"
     text = f" {error.message}" if isinstance(error, IsletError) else ""
+    note(home, f"{type(error).__name__} at {where}{text}")
+
+
+def note(home: Path, text: str) -> None:
+    """Add a line to reports/node.log, the node's own log. A log that cannot be written stops nothing."""
     moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    line = f"{moment} {type(error).__name__} at {where}{text}".replace("\n", " ")
+    line = f"{moment} {text}".replace("\n", " ")
     try:
         descriptor = os.open(home / "reports" / "node.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     except OSError:

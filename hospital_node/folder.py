@@ -8,6 +8,7 @@ budget.db, budget.head   the privacy budget book (hospital_node.budget)
 scores.db            per-patient Shapley sums; never leaves
 witness.json         the ledger checkpoint last cosigned
 reports/             quality reports and node.log
+link/                how it reaches the federation (hospital_node.link)
 lock                 held while a process uses the folder; contains its pid
 """
 

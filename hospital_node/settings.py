@@ -50,6 +50,8 @@ class NodeSettings(Frozen):
     constants to the privacy mechanism: neither is computed from the store, so neither says who is in it.
     max_epsilon_training and max_epsilon_heldout bound what one patient of that cohort may spend over ALL runs, at
     delta data_schemas.units.DELTA.
+    fleet_address (HOST:PORT) and approved_bundle (SHA-256) come with the invitation: where the node connects, and the
+    one Flower bundle that it answers to.
     seed makes keys and noise repeatable. It is for tests and for the demo on public data: whoever knows it can
     subtract the noise.
     """
@@ -64,6 +66,8 @@ class NodeSettings(Frozen):
     min_patients: int = Field(default=5, ge=1)
     max_epsilon_training: float = Field(default=8.0, gt=0)
     max_epsilon_heldout: float = Field(default=8.0, gt=0)
+    fleet_address: str | None = Field(default=None, pattern=r"^.+:[0-9]+$")
+    approved_bundle: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
     seed: int | None = Field(default=None, ge=0)
 
 

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from data_schemas.errors import BadInput, IsletError
-from pipeline import cli_federation
-from pipeline.cli_node import NodePath, node, say
+from pipeline import cli_deploy, cli_federation
+from pipeline.cli_node import NodePath, make_node, node, say
 
 if TYPE_CHECKING:
     from hospital_node.budget import Cohort
@@ -36,6 +36,7 @@ app.add_typer(node, name="node")
 app.add_typer(aggregator, name="aggregator")
 app.add_typer(ledger, name="ledger")
 cli_federation.register(app, ledger)
+cli_deploy.register(aggregator, node)
 
 AggregatorPath = Annotated[Path, typer.Argument(metavar="AGGREGATOR", help="The aggregator's folder.")]
 NodePaths = Annotated[list[Path], typer.Option("--node", help="A node folder on this machine; repeat for each.")]
@@ -76,26 +77,17 @@ def node_init(
     zone: Annotated[str | None, typer.Option(help="IANA time zone of the exports, such as Europe/Madrid.")] = None,
 ) -> None:
     """Make a node folder: settings, keys, store and budget book."""
-    from pydantic import ValidationError
-
-    from hospital_node.folder import NodeFolder
-    from hospital_node.settings import NodeSettings, Source
-
-    if (exports is None) != (layout is None):
-        raise BadInput("--exports and --layout go together", "give both, or neither and edit node.toml later")
-    try:
-        settings = NodeSettings(
-            name=name,
-            federation=federation,
-            aggregator_public_key=aggregator_key,
-            sources=() if exports is None else (Source(path=str(exports.resolve()), layout=str(layout), zone=zone),),
-            declared_training_patients=training,
-            declared_heldout_patients=heldout,
-        )
-    except ValidationError as error:
-        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise BadInput(f"not a node's settings: {wrong}", "see islet node init --help") from error
-    NodeFolder.create(path, settings)
+    make_node(
+        path,
+        name=name,
+        federation=federation,
+        training=training,
+        heldout=heldout,
+        aggregator_key=aggregator_key,
+        exports=exports,
+        layout=layout,
+        zone=zone,
+    )
     say(f"made node {name} in {path}; next: islet node import {path}")
 
 
@@ -172,11 +164,18 @@ def aggregator_init(
     path: AggregatorPath,
     federation: Annotated[str, typer.Option(help="The federation's name.")],
     plan: Annotated[Path, typer.Option(help="The training plan's TOML file.")],
+    address: Annotated[
+        str | None, typer.Option(help="HOST:PORT where hospitals reach the reverse proxy; default: this machine only.")
+    ] = None,
+    port: Annotated[int, typer.Option(help="Loopback port of the SuperLink; the joining desk has the next.")] = 8000,
 ) -> None:
-    """Make an aggregator folder: key, calibrated plan, settings."""
+    """Make an aggregator folder: keys, certificates, calibrated plan, settings."""
+    from aggregator.superlink import prepare
     from pipeline.demo import found
 
-    folder = found(path, federation, plan)
+    fleet, desk = address or f"127.0.0.1:{port}", address or f"127.0.0.1:{port + 1}"
+    folder = found(path, federation, plan, port=port, fleet_address=fleet, desk_address=desk)
+    prepare(folder)
     say(f"made the aggregator of {federation} in {path}; public key {folder.key().public.hex}")
 
 
@@ -193,13 +192,22 @@ def aggregator_admit(path: AggregatorPath, nodes: NodePaths) -> None:
 @aggregator.command("run")
 def aggregator_run(
     path: AggregatorPath,
-    nodes: NodePaths,
+    nodes: Annotated[
+        list[Path] | None,
+        typer.Option("--node", help="A node folder on this machine, in one process; repeat for each."),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the exported model.")] = Path("model"),
 ) -> None:
-    """Run, or resume, the federation's training over nodes on this machine, and export the model."""
+    """Run, or resume, the federation's training over connected hospitals, and fetch the model; exit 1 if it failed.
+
+    It needs `islet aggregator up`. With --node it trains over nodes on this machine instead, without any network.
+    """
     from pipeline.demo import train_federation
 
-    train_federation(path, nodes, out, say)
+    if nodes:
+        train_federation(path, nodes, out, say)
+    else:
+        cli_deploy.run_deployed(path, out)
 
 
 @aggregator.command("status")

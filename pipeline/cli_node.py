@@ -31,6 +31,41 @@ def say(line: str = "") -> None:
     sys.stdout.flush()
 
 
+def make_node(
+    path: Path,
+    *,
+    name: str,
+    federation: str,
+    training: int,
+    heldout: int,
+    aggregator_key: str | None,
+    exports: Path | None,
+    layout: str | None,
+    zone: str | None,
+) -> None:
+    """Make a node folder from what the command line gave. Raises BadInput naming what cannot be used."""
+    from pydantic import ValidationError
+
+    from hospital_node.folder import NodeFolder
+    from hospital_node.settings import NodeSettings, Source
+
+    if (exports is None) != (layout is None):
+        raise BadInput("--exports and --layout go together", "give both, or neither and edit node.toml later")
+    try:
+        settings = NodeSettings(
+            name=name,
+            federation=federation,
+            aggregator_public_key=aggregator_key,
+            sources=() if exports is None else (Source(path=str(exports.resolve()), layout=str(layout), zone=zone),),
+            declared_training_patients=training,
+            declared_heldout_patients=heldout,
+        )
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise BadInput(f"not a node's settings: {wrong}", "see the command's --help") from error
+    NodeFolder.create(path, settings)
+
+
 def _sources(settings: NodeSettings) -> tuple[Source, ...]:
     if not settings.sources:
         raise BadInput("the node has no sources", "add a [[sources]] block with path, layout and zone to node.toml")

@@ -19,7 +19,7 @@ from data_schemas.errors import BadInput
 
 if TYPE_CHECKING:
     from aggregator.progress import RoundSummary
-    from aggregator.registry import Registry
+    from aggregator.recorder import Recorder
     from aggregator.rounds import FederationResult
     from aggregator.settings import AggregatorFolder
     from data_schemas.ledger import CreditEntry, MemberEntry
@@ -171,16 +171,27 @@ def found(
     rounds: int | None = None,
     epsilon: float | None = None,
     seed: int | None = None,
+    **settings: Any,
 ) -> AggregatorFolder:
-    """Make an aggregator folder with its key and the calibrated plan. A seed, for the demo, makes the key no secret."""
+    """Make an aggregator folder with its key and the calibrated plan. A seed, for the demo, makes the key no secret.
+
+    settings: of AggregatorSettings. Raises BadInput when they cannot be used.
+    """
+    from pydantic import ValidationError
+
     from aggregator.settings import AggregatorSettings, create
     from data_schemas.canonical import canonical_bytes
     from pipeline.plans import load_plan
 
+    try:
+        wanted = AggregatorSettings(federation=federation, plan="plan.json", **settings)
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise BadInput(f"not an aggregator's settings: {wrong}", "see islet aggregator init --help") from error
     calibrated = load_plan(plan, rounds=rounds, epsilon=epsilon, seed=seed)
     path.mkdir(parents=True, exist_ok=True)
     (path / "plan.json").write_bytes(canonical_bytes(calibrated))
-    return create(path, AggregatorSettings(federation=federation, plan="plan.json"), seed)
+    return create(path, wanted, seed)
 
 
 def admit(folder: AggregatorFolder, nodes: Sequence[Path]) -> None:
@@ -250,8 +261,8 @@ def train(folder: AggregatorFolder, nodes: Mapping[str, Path], observer: Any) ->
 
 def train_federation(path: Path, nodes: Sequence[Path], out: Path, say: Say) -> None:
     """Train over node folders on this machine and export the model. Raises BadInput when `out` holds something else."""
+    from aggregator.release import export_model
     from aggregator.settings import open_folder
-    from pipeline.demo_report import export_model
 
     stage, folder = Stage(say), open_folder(path)
     homes = {_member(home, folder.settings.federation).node: home for home in nodes}
@@ -261,41 +272,24 @@ def train_federation(path: Path, nodes: Sequence[Path], out: Path, say: Say) -> 
     stage(f"the released model {result.model_hash[:12]} is in {out}")
 
 
-@dataclass
+@dataclass(frozen=True)
 class RunRecord:
-    """Watches the rounds: a line on the terminal, MLflow's series, and, on public data, error on held-out people.
-
-    MLflow may be out of order: then the run says so once and goes on without it.
-    """
+    """Watches the rounds: a line on the terminal, MLflow's series, and, on public data, error on held-out people."""
 
     stage: Stage
-    registry: Registry | None
-    run_id: str
+    recorder: Recorder
     cohorts: Sequence[Cohort]
     curve_file: Path
     folder: AggregatorFolder
-    credits: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def start(
         cls, root: Path, folder: AggregatorFolder, cohorts: Sequence[Cohort], out: Path, stage: Stage
     ) -> RunRecord:
         """Open the MLflow store under root/mlruns and find or make the run."""
-        from aggregator.governance import replay
-        from aggregator.ledger import read_entries
-        from aggregator.registry import Registry, RegistryFailed
-        from aggregator.rounds import run_identity
-        from aggregator.server_app import load_initial_weights
+        from aggregator.recorder import Recorder
 
-        plan, registry, run_id = folder.load_plan(), None, ""
-        members = tuple(replay(read_entries(folder.path / "ledger.db")).members.values())
-        run = run_identity(folder.settings.federation, plan, load_initial_weights(folder))
-        try:
-            registry = Registry(root)
-            run_id = registry.start_run(run, folder.settings.federation, plan, members)
-        except RegistryFailed as error:
-            stage(f"MLflow is out of order, the run goes on without it: {error.message}")
-        return cls(stage, registry, run_id, cohorts, out / "convergence.json", folder)
+        return cls(stage, Recorder.start(root, folder, stage), cohorts, out / "convergence.json", folder)
 
     def round_closed(self, summary: RoundSummary) -> None:
         """Tell a round."""
@@ -313,14 +307,14 @@ class RunRecord:
             f"round {summary.round:2d}/{summary.rounds}: {len(summary.admitted)} updates admitted  {mean}"
             f"epsilon {epsilon:.2f}  {summary.seconds:.1f} s{rejected}"
         )
-        self._log(lambda registry: registry.log_round(self.run_id, summary))
-        self._log(lambda registry: registry.log_errors(self.run_id, summary.round, errors))
+        self.recorder.round_closed(summary)
+        self.recorder.errors_measured(summary.round, errors)
 
     def epoch_closed(self, credit: CreditEntry) -> None:
         """Tell a credit epoch."""
         shares = "  ".join(f"{line.node} {line.micro_credits / 1e6:.2f}" for line in credit.lines)
         self.stage(f"credit, epoch {credit.epoch}: {shares}")
-        self._log(lambda registry: registry.log_credit(self.run_id, credit))
+        self.recorder.epoch_closed(credit)
 
     def curve(self) -> dict[str, dict[str, float]]:
         """RMSE at 30 minutes by round and hospital, as far as it was measured."""
@@ -335,13 +329,3 @@ class RunRecord:
             return {}
         spec = self.folder.load_plan().model
         return {c.name: quick_rmse_30(newest.server.weights, spec, c.heldout) for c in self.cohorts}
-
-    def _log(self, call: Callable[[Registry], object]) -> None:
-        from aggregator.registry import RegistryFailed
-
-        if self.registry is None:
-            return
-        try:
-            call(self.registry)
-        except RegistryFailed as error:
-            self.stage(f"MLflow did not take it, the run goes on: {error.message}")

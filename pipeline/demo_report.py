@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from aggregator.verification import VerifyReport
     from data_schemas.reading import QualityReport
     from pipeline.demo import RunRecord, Say, Stage
-    from pipeline.model_card import CardMembership, CardResult
+    from pipeline.model_card import CardResult
     from pipeline.windows import Float32
 
 
@@ -49,6 +49,8 @@ def finish(
     stage: Stage,
 ) -> None:
     """Compare, export, publish, serve once, verify, and write what people look at."""
+    from aggregator.release import export_model
+
     compared = _compare(out, folder, cohorts, result, stage)
     results = _card_results(compared)
     export_model(out / "model", folder, result, results, compared.membership)
@@ -122,41 +124,6 @@ def _card_results(compared: Comparison) -> tuple[CardResult, ...]:
     )
 
 
-def export_model(
-    path: Path,
-    folder: AggregatorFolder,
-    result: FederationResult,
-    results: tuple[CardResult, ...],
-    membership: tuple[CardMembership, ...] = (),
-) -> None:
-    """Write the released model with its card."""
-    from aggregator.governance import replay
-    from aggregator.ledger import read_entries
-    from pipeline.export import write_model
-    from pipeline.model_card import CardPrivacy, ModelCard, TrainedOn
-
-    plan, members = folder.load_plan(), replay(read_entries(folder.path / "ledger.db")).members
-    card = ModelCard(
-        version=result.run,
-        model_hash=result.model_hash,
-        spec=plan.model,
-        trained_on=tuple(
-            TrainedOn(node=name, **m.model_dump(include={"declared_training_patients", "declared_heldout_patients"}))
-            for name, m in members.items()
-        ),
-        privacy=CardPrivacy(
-            unit=plan.privacy.unit,
-            epsilon=max(result.epsilon_by_node.values()),
-            delta=plan.privacy.delta,
-            rounds=plan.rounds,
-            noise_source="secure" if plan.seed is None else "seeded",
-        ),
-        results=results,
-        membership=membership,
-    )
-    write_model(path, result.weights, plan.model, card)
-
-
 def _verify(folder: AggregatorFolder, nodes: Mapping[str, Path]) -> VerifyReport:
     from aggregator.verification import verify_ledger
     from hospital_node.witness import witnessed_note
@@ -174,11 +141,11 @@ def _publish(
     stage: Stage,
 ) -> None:
     """Register the model in MLflow; an outage is said and costs nothing else."""
-    if record.registry is None:
+    if record.recorder.registry is None:
         return
     try:
-        published = record.registry.finish(
-            record.run_id,
+        published = record.recorder.registry.finish(
+            record.recorder.run_id,
             out / "model",
             plots={f"{i.picture.name}.png": i.picture.png() for i in pictures},
             privacy={"unit": "patient", "epsilon_by_node": result.epsilon_by_node},

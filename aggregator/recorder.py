@@ -1,0 +1,65 @@
+"""Rounds as MLflow keeps them. MLflow may be out of order: then the run says so and goes on without it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from aggregator.governance import replay
+from aggregator.ledger import read_entries
+from aggregator.rounds import run_identity
+from aggregator.server_app import load_initial_weights
+
+if TYPE_CHECKING:
+    from aggregator.progress import RoundSummary
+    from aggregator.registry import Registry
+    from aggregator.settings import AggregatorFolder
+    from data_schemas.ledger import CreditEntry
+
+
+@dataclass(frozen=True)
+class Recorder:
+    """Writes a run's series into one MLflow store, or, without a registry, nowhere. tell: hears of outages."""
+
+    tell: Callable[[str], None]
+    registry: Registry | None
+    run_id: str
+
+    @classmethod
+    def start(cls, root: Path, folder: AggregatorFolder, tell: Callable[[str], None]) -> Recorder:
+        """Open the MLflow store under root/mlruns and find or make the folder's run."""
+        from aggregator.registry import Registry, RegistryFailed
+
+        plan = folder.load_plan()
+        members = tuple(replay(read_entries(folder.path / "ledger.db")).members.values())
+        run = run_identity(folder.settings.federation, plan, load_initial_weights(folder))
+        try:
+            registry = Registry(root)
+            return cls(tell, registry, registry.start_run(run, folder.settings.federation, plan, members))
+        except RegistryFailed as error:
+            tell(f"MLflow is out of order, the run goes on without it: {error.message}")
+            return cls(tell, None, "")
+
+    def round_closed(self, summary: RoundSummary) -> None:
+        """Log a round's series."""
+        self._log(lambda registry: registry.log_round(self.run_id, summary))
+
+    def errors_measured(self, round_number: int, rmse_30: Mapping[str, float]) -> None:
+        """Log held-out RMSE by hospital: on public data only."""
+        self._log(lambda registry: registry.log_errors(self.run_id, round_number, rmse_30))
+
+    def epoch_closed(self, credit: CreditEntry) -> None:
+        """Log an epoch's credit."""
+        self._log(lambda registry: registry.log_credit(self.run_id, credit))
+
+    def _log(self, call: Callable[[Registry], object]) -> None:
+        from aggregator.registry import RegistryFailed
+
+        if self.registry is None:
+            return
+        try:
+            call(self.registry)
+        except RegistryFailed as error:
+            self.tell(f"MLflow did not take it, the run goes on: {error.message}")
