@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow browser deployment lint bench audit coverage openapi lock clean
+.PHONY: demo test test-slow browser deployment lint bench audit recompute coverage openapi lock clean
 
 .venv/installed: pyproject.toml requirements.lock
 	$(PYTHON) -m venv .venv
@@ -45,6 +45,16 @@ bench: .venv/installed
 audit: .venv/installed
 	$(BIN)/python -m benchmarks.audit audit-run
 
+# Epsilon of budget books by Google's dp-accounting, which wants older packages than ours and so lives by itself.
+# NODES="demo-run/nodes/duke ..." takes those of node folders; without it, trial books of every shipped plan.
+recompute: .venv/installed .venv-recompute/installed
+	$(BIN)/python -m benchmarks.recompute $(NODES) | .venv-recompute/bin/python benchmarks/dp_accounting_check.py
+
+.venv-recompute/installed:
+	$(PYTHON) -m venv .venv-recompute
+	.venv-recompute/bin/pip install --quiet --disable-pip-version-check dp-accounting==0.6.0
+	touch $@
+
 # Every branch of what guards patients' privacy budget is taken by a test, or this fails.
 PRIVACY_TESTS := tests/privacy --ignore=tests/privacy/test_audit.py \
 	tests/pipeline/test_private_training.py tests/pipeline/test_auditing.py \
@@ -64,4 +74,4 @@ lock:
 	rm -rf .venv-lock
 
 clean:
-	rm -rf .venv build dist *.egg-info demo-run audit-run browser-shots .coverage
+	rm -rf .venv .venv-recompute build dist *.egg-info demo-run audit-run browser-shots .coverage

@@ -32,6 +32,7 @@ from data_schemas.canonical import bytes_hash, canonical_bytes, content_hash
 from data_schemas.ledger import MemberEntry, RejectedUpdate
 from data_schemas.messages import SignedUpdate, UpdateManifest
 from data_schemas.plan import TrainingPlan
+from data_schemas.units import HORIZON_MINUTES
 from pipeline.signing import verify
 
 # Part of its noise's expected norm that an update must have at least.
@@ -194,7 +195,9 @@ def originality_code(
 ) -> RejectionCode | None:
     """Say whether an update float32[D] is too quiet to hold its noise, or a copy of an earlier vector."""
     vector = delta.astype(np.float64)
-    norm, touched = float(np.linalg.norm(vector)), max(1, int(np.count_nonzero(vector)))
+    # noise that was projected on a few curves fills that share of the coordinates it touches
+    share = plan.local.horizon_curves / len(HORIZON_MINUTES)
+    norm, touched = float(np.linalg.norm(vector)), max(1.0, share * np.count_nonzero(vector))
     privacy, steps = plan.privacy, plan.local.steps_per_round
     per_step = plan.local.learning_rate * privacy.max_grad_norm * privacy.noise_multiplier
     if norm < _QUIET * per_step / (privacy.sample_rate * declared_patients) * math.sqrt(steps * touched):

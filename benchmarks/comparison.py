@@ -97,15 +97,7 @@ def fit_federated(training: Mapping[str, Windows]) -> Predict:
     plan = load_plan(PLAN)
     steps = plan.rounds * plan.local.steps_per_round
     noise = calibrate(plan.privacy.epsilon, plan.privacy.delta, plan.privacy.sample_rate, steps)
-    local = LocalPlan(
-        plan.local.steps_per_round,
-        plan.local.learning_rate,
-        plan.privacy.sample_rate,
-        noise,
-        plan.privacy.max_grad_norm,
-        plan.local.windows_per_patient,
-        plan.local.trainable,
-    )
+    local = LocalPlan.of(plan, noise)
     people = {name: len(w.series.patients) for name, w in training.items()}
     sources = {name: SeededNoise(i) for i, name in enumerate(training)}
     weights, kept = load().astype(np.float64), []

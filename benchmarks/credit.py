@@ -163,7 +163,7 @@ def joined(parts: Sequence[Series]) -> Series:
 
 def run(scenario: Scenario, who: People, plan: TrainingPlan, start: Vector) -> Outcome:
     """Train a federation in which the sixth hospital behaves as the scenario says, and score every round."""
-    local, spec = local_plan(plan), ForecasterSpec(hidden_size=plan.model.hidden_size)
+    local, spec = LocalPlan.of(plan, plan.privacy.noise_multiplier), ForecasterSpec(hidden_size=plan.model.hidden_size)
     patients, before, rejected = np.array([SIZES[n] for n in NAMES]), list[Vector](), 0
     sixth = NAMES.index("sixth")
     weights, last_step = start, np.zeros_like(start)
@@ -204,20 +204,6 @@ def run(scenario: Scenario, who: People, plan: TrainingPlan, start: Vector) -> O
 def _cosine(a: Vector, b: Vector) -> float:
     norm = float(np.linalg.norm(a) * np.linalg.norm(b))
     return float(a @ b) / norm if norm else 0.0
-
-
-def local_plan(plan: TrainingPlan) -> LocalPlan:
-    """Make the plan's local part, as a hospital does."""
-    privacy, local = plan.privacy, plan.local
-    return LocalPlan(
-        steps=local.steps_per_round,
-        learning_rate=local.learning_rate,
-        sample_rate=privacy.sample_rate,
-        noise_multiplier=privacy.noise_multiplier,
-        max_grad_norm=privacy.max_grad_norm,
-        windows_per_patient=local.windows_per_patient,
-        trainable=local.trainable,
-    )
 
 
 def releases(outcome: Outcome, plan: TrainingPlan, seed: int, liars: Sequence[str] = ()) -> list[EpochRelease]:

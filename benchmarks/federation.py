@@ -23,6 +23,7 @@ from hospital_node.store import Store
 from pipeline.accounting import calibrate
 from pipeline.demo import EXPORTS, FEDERATION, HELDOUT_FRACTION, SITES
 from pipeline.forecaster import Forecaster, ForecasterSpec, flatten, unflatten, window_losses
+from pipeline.horizon_curves import projections
 from pipeline.noise import NoiseSource, SeededNoise
 from pipeline.private_training import LocalPlan, train_steps
 from pipeline.windows import Windows
@@ -121,6 +122,7 @@ class HeadTrainer:
         """Delta float32[D] of one local round from initial weights float32[D]."""
         model = unflatten(initial, self.spec)
         heads = (model.mean_head, model.quantile_head)
+        smooth = projections(model, plan.horizon_curves)
         first, count, k = self._offsets[:-1], np.diff(self._offsets), plan.windows_per_patient
         for _ in range(plan.steps):
             joins = source.uniform(len(count)).numpy() < plan.sample_rate
@@ -134,6 +136,7 @@ class HeadTrainer:
                 for p, g in zip((p for head in heads for p in head.parameters()), gradients, strict=True):
                     noise = source.normal(p.numel()).view_as(p) * (plan.noise_multiplier * plan.max_grad_norm)
                     total = (torch.tensordot(factor, g, dims=1).double() + noise).to(p.dtype)
+                    total = smooth[p] @ total if p in smooth else total
                     p.sub_(plan.learning_rate * total / (plan.sample_rate * declared))
         return flatten(model) - initial
 

@@ -11,7 +11,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from data_schemas.frozen import Frozen
-from data_schemas.units import DELTA
+from data_schemas.units import DELTA, HORIZON_MINUTES
 
 # The unit of privacy is part of every statement; weaker units are named, never implied.
 PrivacyUnit = Literal["patient", "day (weaker than patient)", "window (weaker than patient)"]
@@ -50,12 +50,16 @@ class ModelSpec(Frozen):
 
 
 class LocalSpec(Frozen):
-    """One hospital's share of a round: Poisson-sampled patients, k windows each, plain SGD."""
+    """One hospital's share of a round: Poisson-sampled patients, k windows each, plain SGD.
+
+    horizon_curves: cosine curves over the 12 horizons that a step may bend forecasts along; 12 is freely.
+    """
 
     steps_per_round: int = Field(ge=1, le=1000)
     windows_per_patient: int = Field(ge=1, le=256)
     learning_rate: float = Field(gt=0)
     trainable: Literal["all", "head"]
+    horizon_curves: int = Field(default=len(HORIZON_MINUTES), ge=1, le=len(HORIZON_MINUTES))
 
 
 class ServerSpec(Frozen):

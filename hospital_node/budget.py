@@ -247,6 +247,15 @@ def _repeat(event: PrivacyEvent, times: int) -> tuple[PrivacyEvent, ...]:
     return (event.model_copy(update={"steps": event.steps * times}),) if times else ()
 
 
+def exported(book: BudgetBook) -> dict[str, Any]:
+    """Every release as it was accounted for, and each cohort's epsilon: all that an independent recomputation needs."""
+    rows = [
+        {"cohort": r.cohort, "unit": r.unit, "delta": r.delta, "epsilon_after": r.epsilon_after, **r.event.model_dump()}
+        for r in book.rows()
+    ]
+    return {"delta": DELTA, "spent": {cohort: book.spent(cohort) for cohort in COHORTS}, "releases": rows}
+
+
 def render(book: BudgetBook, ceilings: Mapping[Cohort, float]) -> str:
     """Text for a terminal: each cohort's ceiling, epsilon spent, rounds left at the present noise, every release."""
     parts = [_render_cohort(book, cohort, ceilings[cohort]) for cohort in COHORTS]

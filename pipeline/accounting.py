@@ -1,4 +1,9 @@
-"""What private releases cost: epsilon of composed events, and the noise an epsilon needs (Renyi accounting)."""
+"""What private releases cost: epsilon of composed events, and the noise an epsilon needs (Renyi accounting).
+
+Only whole orders are used. There the divergence of a sampled Gaussian is a finite sum, on which Opacus and Google's
+dp-accounting agree to the last digits (`make recompute`); at fractional orders theirs is an upper bound that is up to a
+third higher. Up to epsilon 8 that costs less than 1% of epsilon, at epsilon 2 less than 0.1%.
+"""
 
 from __future__ import annotations
 
@@ -9,23 +14,24 @@ from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
-from opacus.accountants import RDPAccountant
 from opacus.accountants.analysis.rdp import compute_rdp, get_privacy_spent
 
 from data_schemas.plan import PrivacyEvent
+
+# Up to where Opacus's own list ends, and two far beyond for very small epsilons.
+ORDERS: tuple[int, ...] = (*range(2, 64), 128, 256)
 
 
 @lru_cache(maxsize=1024)
 def _renyi_step(sample_rate: float, noise_multiplier: float) -> npt.NDArray[np.float64]:
     """Renyi divergence of one step at each of the accountant's orders; slow, so remembered."""
-    orders = RDPAccountant.DEFAULT_ALPHAS
-    return np.asarray(compute_rdp(q=sample_rate, noise_multiplier=noise_multiplier, steps=1, orders=orders))
+    return np.asarray(compute_rdp(q=sample_rate, noise_multiplier=noise_multiplier, steps=1, orders=ORDERS))
 
 
 def epsilon_of(events: Iterable[PrivacyEvent], delta: float) -> float:
     """Total epsilon of events that touched the same cohort.
 
-    Renyi composition, the numbers of Opacus's RDPAccountant.
+    Renyi composition by Opacus's functions.
     """
     known = list(events)
     if not known:
@@ -35,7 +41,7 @@ def epsilon_of(events: Iterable[PrivacyEvent], delta: float) -> float:
     total = sum(_renyi_step(e.sample_rate, e.noise_multiplier) * e.steps for e in known)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return float(get_privacy_spent(orders=RDPAccountant.DEFAULT_ALPHAS, rdp=total, delta=delta)[0])
+        return float(get_privacy_spent(orders=ORDERS, rdp=total, delta=delta)[0])
 
 
 def calibrate(epsilon: float, delta: float, sample_rate: float, steps: int) -> float:

@@ -5,6 +5,7 @@ Exit codes: 0 done; 1 a check ran and failed; 2 wrong use or bad input, and noth
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Callable
@@ -116,15 +117,18 @@ def _ceilings(home: NodeFolder) -> dict[Cohort, float]:
 
 
 @node.command("budget")
-def node_budget(path: NodePath) -> None:
+def node_budget(
+    path: NodePath,
+    as_json: Annotated[bool, typer.Option("--json", help="Every release's event, to add up anew.")] = False,
+) -> None:
     """Verify the privacy budget book and show what was spent, by whom it was asked, and what is left."""
-    from hospital_node.budget import render
+    from hospital_node.budget import exported, render
     from hospital_node.folder import NodeFolder
 
     with NodeFolder.open(path) as home:
         book = home.budget()
         book.verify()
-        say(render(book, _ceilings(home)))
+        say(json.dumps(exported(book), indent=1) if as_json else render(book, _ceilings(home)))
 
 
 @node.command("key")

@@ -13,8 +13,9 @@ optimizer gets the clipped sum, exactly the one it would have made itself, and s
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -30,6 +31,7 @@ from pipeline.book_keeping import Book, add_clipped_gradients, parts_of, square_
 from pipeline.fitting import trainer
 from pipeline.forecaster import Forecaster, ForecasterSpec, flatten, unflatten, window_losses
 from pipeline.gate_tap import GateTap
+from pipeline.horizon_curves import HORIZONS, projections
 from pipeline.noise import NoiseSource
 from pipeline.windows import Windows
 
@@ -40,7 +42,8 @@ Weights = npt.NDArray[np.float32]
 class LocalPlan:
     """One hospital's share of a round.
 
-    Noise_multiplier 0 gives no privacy at all and exists for tests and baselines.
+    Noise_multiplier 0 gives no privacy at all and exists for tests and baselines. horizon_curves: how many
+    cosine curves over the horizons a step may bend forecasts along (pipeline.horizon_curves).
     """
 
     steps: int
@@ -51,6 +54,7 @@ class LocalPlan:
     windows_per_patient: int
     trainable: Literal["all", "head"] = "all"
     pinball_weight: float = 1.0
+    horizon_curves: int = HORIZONS
 
     def __post_init__(self) -> None:
         positive = (
@@ -66,6 +70,8 @@ class LocalPlan:
             raise ValueError("noise_multiplier must be finite and not negative")
         if self.trainable not in ("all", "head"):
             raise ValueError("trainable must be 'all' or 'head'")
+        if not 1 <= self.horizon_curves <= HORIZONS:
+            raise ValueError(f"horizon_curves must be 1 to {HORIZONS}")
 
     @classmethod
     def of(cls, plan: TrainingPlan, noise_multiplier: float) -> LocalPlan:
@@ -78,6 +84,7 @@ class LocalPlan:
             max_grad_norm=plan.privacy.max_grad_norm,
             windows_per_patient=plan.local.windows_per_patient,
             trainable=plan.local.trainable,
+            horizon_curves=plan.local.horizon_curves,
         )
 
     @property
@@ -126,9 +133,13 @@ def _gate_tap_norms(layer: GateTap, activations: list[Tensor], backprops: Tensor
 
 
 class PatientOptimizer(DPOptimizerFastGradientClipping):  # type: ignore[misc]
-    """Opacus's optimizer for sums that are clipped already, with noise from a NoiseSource added in float64."""
+    """Opacus's optimizer for sums that are clipped already, with noise from a NoiseSource added in float64.
+
+    smooth: projections [rows, rows] of the steps of some parameters, applied after the noise, so they cost nothing.
+    """
 
     source: NoiseSource
+    smooth: Mapping[nn.Parameter, Tensor] = MappingProxyType({})
 
     def add_noise(self) -> None:
         """Add noise of standard deviation noise_multiplier x max_grad_norm in every coordinate."""
@@ -136,6 +147,8 @@ class PatientOptimizer(DPOptimizerFastGradientClipping):  # type: ignore[misc]
         for p in self.params:
             noise = self.source.normal(p.numel()).to(p.device).view_as(p) * std
             p.grad = (p.summed_grad.double() + noise).to(p.dtype)
+            if p in self.smooth:
+                p.grad = self.smooth[p].to(p.device) @ p.grad
 
 
 @dataclass(frozen=True)
@@ -190,6 +203,7 @@ class _PrivateRound(lightning.LightningModule):  # type: ignore[misc]
             expected_batch_size=plan.sample_rate * declared_patients,
         )
         self.private.source = source
+        self.private.smooth = projections(model, plan.horizon_curves)
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer that clips and adds noise."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+import json
 import multiprocessing
 import os
 import shutil
@@ -20,7 +21,16 @@ from data_schemas.errors import BadInput, NodeBusy, StorageFailed, Tampered
 from data_schemas.plan import PrivacyEvent
 from data_schemas.units import DELTA
 from hospital_node import book_file
-from hospital_node.budget import MOST_ROUNDS, BudgetBook, BudgetExhausted, Cohort, Reservation, epsilon, render
+from hospital_node.budget import (
+    MOST_ROUNDS,
+    BudgetBook,
+    BudgetExhausted,
+    Cohort,
+    Reservation,
+    epsilon,
+    exported,
+    render,
+)
 
 KEY = b"k" * 32
 EVENT = PrivacyEvent(sample_rate=0.2, noise_multiplier=2.0, steps=10)
@@ -325,6 +335,18 @@ def test_the_printed_book_says_what_was_spent_by_whom_and_what_is_left(path: Pat
     assert f"{book.rounds_left('training', EVENT, 2.0)} rounds left" in text
     row = next(line for line in text.splitlines() if AT in line)
     assert all(part in row for part in ("trial", "run-1", f"{reserved.epsilon_after:.3f}", "patient, 1e-05", "secure"))
+
+
+def test_an_exported_book_is_all_that_a_recomputation_needs(path: Path) -> None:
+    """Events, unit, delta and totals as JSON; task ids and replies stay in the book."""
+    book = filled(path, tasks=2, reply_bytes=10)
+
+    told = json.loads(json.dumps(exported(book)))
+
+    assert [PrivacyEvent(**{k: r[k] for k in PrivacyEvent.model_fields}) for r in told["releases"]] == [EVENT, EVENT]
+    assert told["spent"] == {"training": book.spent("training"), "heldout": 0.0}
+    assert {(r["cohort"], r["unit"], r["delta"]) for r in told["releases"]} == {("training", "patient", DELTA)}
+    assert "task" not in json.dumps(told)
 
 
 def test_making_a_book_again_keeps_the_one_that_is_there(path: Path) -> None:

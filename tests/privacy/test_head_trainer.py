@@ -24,11 +24,15 @@ PLAN = LocalPlan(
 )
 
 
-@pytest.mark.parametrize("clip", [0.02, 100.0])
-def test_the_measuring_path_equals_the_real_one(clip: float) -> None:
+@pytest.mark.parametrize(("clip", "curves"), [(0.02, 12), (100.0, 12), (0.02, 2)])
+def test_the_measuring_path_equals_the_real_one(clip: float, curves: int) -> None:
     """Same weights, plan and seed: deltas agree to float32 rounding, clipped or not."""
     spec = ForecasterSpec(hidden_size=4)
-    start, windows, plan = flatten(Forecaster(spec, seed=1)), cohort(6), replace(PLAN, max_grad_norm=clip)
+    start, windows, plan = (
+        flatten(Forecaster(spec, seed=1)),
+        cohort(6),
+        replace(PLAN, max_grad_norm=clip, horizon_curves=curves),
+    )
 
     fast = HeadTrainer(windows, start, spec).train(start, plan, 6, SeededNoise(3))
 

@@ -20,7 +20,8 @@ from hospital_node import local_round
 from hospital_node.budget import epsilon
 from hospital_node.folder import NodeFolder
 from hospital_node.randomness import noise_kind, noise_source
-from pipeline.forecaster import Forecaster, ForecasterSpec, flatten
+from pipeline.forecaster import Forecaster, ForecasterSpec, flatten, unflatten
+from pipeline.horizon_curves import projection
 from pipeline.noise import SecureNoise, SeededNoise
 from pipeline.private_training import LocalPlan, train_steps
 from pipeline.windows import Windows, cut_windows
@@ -140,6 +141,26 @@ def test_noise_has_the_size_of_the_clip_before_the_division() -> None:
     )
 
 
+def test_smoothing_over_the_horizons_comes_after_the_noise() -> None:
+    """A step that may bend forecasts along two curves only is the noisy step, projected; no draw is left out."""
+    noisy = replace(PLAN, noise_multiplier=2.0, trainable="head")
+    people, sources = cohort(3), [SeededNoise(5), SeededNoise(5)]
+
+    free, smooth = (
+        unflatten((START + moved(people, p, source=s)).astype(np.float32), SPEC)
+        for p, s in zip((noisy, replace(noisy, horizon_curves=2)), sources, strict=True)
+    )
+
+    start, kept = unflatten(START, SPEC), projection(2)
+    with torch.no_grad():
+        expected = start.mean_head.weight + kept @ (free.mean_head.weight - start.mean_head.weight)
+        by_quantile = (free.quantile_head.bias - start.quantile_head.bias).view(12, 5)
+        bias = start.quantile_head.bias + (kept @ by_quantile).flatten()
+    torch.testing.assert_close(smooth.mean_head.weight, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(smooth.quantile_head.bias, bias, rtol=0, atol=1e-5)
+    assert sources[0].uniform(1) == sources[1].uniform(1)
+
+
 def test_every_step_draws_noise_of_its_own() -> None:
     """Three steps over d trained coordinates draw 3 d Gaussians, also where nobody was sampled."""
     source, nobody = Scripted(), replace(PLAN, steps=3, sample_rate=1e-9, noise_multiplier=1.0)
@@ -249,8 +270,8 @@ def test_what_is_released_does_not_tell_how_many_people_there_are(tmp_path: Path
 
 def test_a_plan_that_means_nothing_cannot_be_made() -> None:
     """Rates, clip, noise, trained part and declared patients are checked before a reading is touched."""
-    wrong = ({"max_grad_norm": 0.0}, {"sample_rate": 1.1}, {"noise_multiplier": math.nan}, {"trainable": "nothing"})
-    for change in wrong:
+    wrong = [{"max_grad_norm": 0.0}, {"sample_rate": 1.1}, {"noise_multiplier": math.nan}, {"trainable": "nothing"}]
+    for change in [*wrong, {"horizon_curves": 0}]:
         with pytest.raises(ValueError, match="must be"):
             replace(PLAN, **change)
     with pytest.raises(ValueError, match="declared_patients"):

@@ -19,7 +19,7 @@ from data_schemas.units import DELTA
 from hospital_node.budget import BudgetBook
 from pipeline.plans import load_plan
 
-ORDERS = (*(1 + x / 10 for x in range(1, 100)), *range(12, 64))
+ORDERS = (*range(2, 64), 128, 256)
 DEMO = Path(__file__).parents[2] / "data_schemas" / "plans" / "demo.toml"
 KEY = b"k" * 32
 
