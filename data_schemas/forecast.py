@@ -9,9 +9,14 @@ from typing import Literal
 from pydantic import Field
 
 from data_schemas.frozen import Frozen
+from data_schemas.messages import Hex32
 from data_schemas.units import RESEARCH_LABEL
 
 GlucoseUnit = Literal["mg/dL", "mmol/L"]
+SIMULATION_LABEL = (
+    "Simulation of the scenario that was sent, not a forecast and not advice. Nothing in it was learned from this "
+    "person, and no dose follows from it."
+)
 
 
 class NoForecast(StrEnum):
@@ -20,12 +25,24 @@ class NoForecast(StrEnum):
     STALE = "stale-data"
     TOO_LITTLE_HISTORY = "insufficient-history"
     FLAT = "sensor-flat"
+    NOISY = "sensor-noisy"
     JUMP = "sensor-jump"
     OUT_OF_RANGE = "out-of-range"
     UNIT_SUSPECT = "unit-suspect"
     FUTURE = "future-data"
     NO_MODEL = "no-model"
     UNKNOWN_PATIENT = "unknown-patient"
+
+
+class Quality(StrEnum):
+    """What makes the readings behind a forecast worse than they could be, though not bad enough to refuse it."""
+
+    AGEING = "ageing"  # the newest is older than 7 minutes
+    GAPS = "gaps"  # two neighbours of the history lie more than 20 minutes apart
+    SHORT_HISTORY = "short-history"  # they span less than the history that the model looks at
+    SHORT_DAY = "short-day"  # they span less than the day that tells the model what kind of person this is
+    AT_SENSOR_LIMIT = "at-sensor-limit"  # one stands at an end of the sensor's range, so the true value is unknown
+    JUMPS = "jumps"  # two neighbours differ by more than is likely
 
 
 class ForecastPoint(Frozen):
@@ -48,20 +65,44 @@ class ForecastPoint(Frozen):
     clipped: bool
 
 
+class LedgerPlace(Frozen):
+    """Where the federation's ledger publishes a model: number of the entry, and its leaf hash (RFC 6962)."""
+
+    entry: int = Field(ge=0)
+    leaf_hash: Hex32
+
+
+class Simulation(Frozen):
+    """A second curve: what the forecast would be if what was planned happened. Always labelled, never advice.
+
+    basis: `physiology` adds published curves of absorption and action to the forecast; `model` means a model with
+    channels of its own for what was planned. assumes: what that takes for granted, a sentence each.
+    """
+
+    label: str = SIMULATION_LABEL
+    basis: Literal["physiology", "model"]
+    assumes: tuple[str, ...]
+    points: tuple[ForecastPoint, ...]
+
+
 class Forecast(Frozen):
     """A forecast every 5 minutes up to 60, with what is needed to judge it.
 
     as_of is set for a replay of the past: readings after that moment were hidden and age_seconds counts to it.
+    ledger_entry is absent when this node's copy of the ledger does not publish the model. simulation is there when a
+    scenario was sent; `points` and the probabilities never know of it.
     """
 
     model_version: str
     model_hash: str
+    ledger_entry: LedgerPlace | None = None
     privacy_statement: str
     generated_at: datetime
     as_of: datetime | None = None
     last_reading_at: datetime
     age_seconds: float = Field(ge=0)
     readings_used: int
+    quality: tuple[Quality, ...] = ()
     units: GlucoseUnit
     interval_minutes: int = 5
     points: tuple[ForecastPoint, ...]
@@ -69,4 +110,5 @@ class Forecast(Frozen):
     probability_below_70_within_60: float
     probability_above_180_within_30: float
     probability_above_180_within_60: float
+    simulation: Simulation | None = None
     use: str = RESEARCH_LABEL

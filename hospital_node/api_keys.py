@@ -85,7 +85,7 @@ def revoke_key(node_home: Path, key_id: str) -> None:
         keys = read_keys(node_home)
         kept = tuple(key for key in keys if key.key_id != key_id)
         if len(kept) == len(keys):
-            raise BadInput("there is no API key with this id", "list the keys of the node to see their ids")
+            raise BadInput("there is no API key with this id", "`islet node key NODE --list` shows the ids")
         _write(node_home, kept)
 
 

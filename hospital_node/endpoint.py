@@ -38,12 +38,15 @@ from hospital_node.problems import (
     field_problem,
     no_forecast,
     problem,
+    unusable_scenario,
 )
+from hospital_node.published_model import PublishedModels
 from hospital_node.rate_limit import RateLimit
 from hospital_node.reading_routes import ReadingsUpload, add_reading_routes
 from hospital_node.served_model import ServedModel
 from hospital_node.services import Services, body_errors
 from hospital_node.traffic import OUTCOME, BodyLimit, Counted, Traffic
+from pipeline.what_if import UnusableScenario
 
 _BODIES: tuple[type[Frozen], ...] = (ForecastRequest, ReadingsUpload)
 # The journal is folded into the store at this many readings, and after this long at the latest.
@@ -82,6 +85,7 @@ def create_app(
     services = Services(
         home=node_home,
         served=ServedModel(model_folder),
+        published=PublishedModels(node_home),
         held=HeldReadings(node_home / "store"),
         guard=Guard(node_home, clock, limit),
         audit=AuditLog(node_home / "reports" / "access.jsonl"),
@@ -201,6 +205,10 @@ def _add_problem_handlers(app: FastAPI) -> None:
     @app.exception_handler(ValidationError)
     async def invalid_body(_request: Request, error: ValidationError) -> Response:
         return _invalid(body_errors(error))
+
+    @app.exception_handler(UnusableScenario)
+    async def unusable(_request: Request, error: UnusableScenario) -> Response:
+        return _answer(unusable_scenario(error.pointer, error.expected))
 
     @app.exception_handler(StorageFailed)
     async def full(_request: Request, _error: StorageFailed) -> Response:

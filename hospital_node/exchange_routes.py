@@ -17,7 +17,6 @@ from hospital_node.problems import Declined
 from hospital_node.reading_routes import keep
 from hospital_node.services import API_SECRET, BEARER, Services, described, problems
 from hospital_node.store import ALREADY_STORED
-from pipeline.forecasting import make_forecast
 
 FHIR_BASE = "/fhir/R4"
 
@@ -88,9 +87,7 @@ def add_nightscout_routes(app: FastAPI, services: Services) -> None:
         who = _patient(request, caller, patient)
         times, values = await services.stored(who)
         try:
-            made: Forecast | NoForecast = make_forecast(
-                services.served.model(), times, values, services.clock(), "mg/dL"
-            )
+            made: Forecast | NoForecast = services.forecast((times, values), "mg/dL")
         except Declined as error:
             made = error.reason
         return JSONResponse(nightscout.device_status(made, float(values[-1]), services.clock()))
@@ -128,7 +125,7 @@ def add_fhir_routes(app: FastAPI, services: Services) -> None:
         if wanted == fhir_out.READING_CODE:
             found = fhir_out.newest(patient, times, values, count)
         else:
-            made = or_declined(make_forecast(services.served.model(), times, values, services.clock(), "mg/dL"))
+            made = or_declined(services.forecast((times, values), "mg/dL"))
             found = [fhir_out.forecast(patient, made)]
         return FhirResponse(fhir_out.bundle(found, _base(request)))
 

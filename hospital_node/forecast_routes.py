@@ -12,11 +12,12 @@ from starlette.routing import Route
 
 from data_schemas.forecast import Forecast, GlucoseUnit, NoForecast
 from data_schemas.frozen import Frozen
+from data_schemas.scenario import Scenario
 from data_schemas.units import MG_DL_PER_MMOL_L
 from hospital_node.access import to_read
 from hospital_node.problems import Declined
 from hospital_node.services import BEARER, Services, described, json_answer, problems, read_body
-from pipeline.forecasting import Float32, Int64, make_forecast
+from pipeline.forecasting import Float32, Int64
 from pipeline.model_card import ModelCard
 
 Pseudonym = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]{1,128}$")]
@@ -30,10 +31,14 @@ class Reading(Frozen):
 
 
 class ForecastRequest(Frozen):
-    """Readings of one person. They are used for the answer and not stored."""
+    """Readings of one person. They are used for the answer and not stored.
+
+    With a scenario the answer also holds a labelled simulation of it, which is no advice.
+    """
 
     readings: tuple[Reading, ...] = Field(min_length=1, max_length=2000)
     units: GlucoseUnit
+    scenario: Scenario | None = None
 
 
 class Ready(Frozen):
@@ -58,9 +63,7 @@ def add_forecast_routes(app: FastAPI, services: Services) -> None:
         if not services.guard.bearer(request).reads:
             raise HTTPException(403, "This credential may not read.")
         body = await read_body(request, ForecastRequest)
-        time_s, glucose = arrays(body)
-        made = make_forecast(services.served.model(), time_s, glucose, services.clock(), body.units)
-        return json_answer(or_declined(made))
+        return json_answer(or_declined(services.forecast(arrays(body), body.units, scenario=body.scenario)))
 
     # The same function once more, in front and without FastAPI's dependency solving, which it does not use.
     app.router.routes.insert(0, Route("/v1/forecast", forecast, methods=["POST"], include_in_schema=False))
@@ -85,12 +88,11 @@ def add_forecast_routes(app: FastAPI, services: Services) -> None:
     ) -> Response:
         """Forecast from the readings the node holds."""
         to_read(services.guard.bearer(request), pseudonym)
-        model, now_s = services.served.model(), services.clock()
         as_of_s = None if as_of is None else as_of.timestamp()
-        if as_of_s is not None and as_of_s > now_s:
+        if as_of_s is not None and as_of_s > services.clock():
             raise HTTPException(422, "`as_of` must not lie in the future.")
-        time_s, glucose = await services.stored(pseudonym)
-        return json_answer(or_declined(make_forecast(model, time_s, glucose, now_s, units, as_of_s=as_of_s)))
+        readings = await services.stored(pseudonym)
+        return json_answer(or_declined(services.forecast(readings, units, as_of_s=as_of_s)))
 
 
 def add_status_routes(app: FastAPI, services: Services) -> None:

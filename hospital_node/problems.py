@@ -22,6 +22,11 @@ NO_FORECAST: dict[NoForecast, tuple[int, str, str]] = {
         "Needed: readings over at least 60 minutes, the last two at most 30 minutes apart.",
     ),
     NoForecast.FLAT: (409, "The sensor has not changed for 45 minutes", "Check the sensor."),
+    NoForecast.NOISY: (
+        409,
+        "The readings swing up and down as glucose cannot",
+        "Check the sensor, and that only one sensor's readings are sent.",
+    ),
     NoForecast.JUMP: (
         409,
         "Two readings differ by more than glucose can",
@@ -98,6 +103,13 @@ def field_problem(error: dict[str, Any]) -> FieldProblem:
 def problem(status: int, name: str, title: str, detail: str, **more: Any) -> Problem:
     """Make a problem of one of our types; more: `reason` or `errors`."""
     return Problem(type=PROBLEM_TYPE + name, title=title, status=status, detail=detail, **more)
+
+
+def unusable_scenario(pointer: str, expected: str) -> Problem:
+    """Make the problem of a scenario that cannot be simulated. pointer: within the scenario."""
+    found = (FieldProblem(pointer=f"/body/scenario{pointer}", expected=expected),)
+    detail = "See `errors`; without `scenario` the same request is a plain forecast."
+    return problem(422, "scenario-unusable", "This scenario cannot be simulated", detail, errors=found)
 
 
 def no_forecast(reason: NoForecast) -> Problem:

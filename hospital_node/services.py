@@ -13,13 +13,16 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
+from data_schemas.forecast import Forecast, GlucoseUnit, NoForecast
+from data_schemas.scenario import Scenario
 from hospital_node.access import Guard
 from hospital_node.audit_log import AuditLog
 from hospital_node.held_readings import HeldReadings
 from hospital_node.problems import PROBLEM_JSON
+from hospital_node.published_model import PublishedModels
 from hospital_node.served_model import ServedModel
 from hospital_node.traffic import Traffic
-from pipeline.forecasting import Float32, Int64
+from pipeline.forecasting import Float32, Int64, make_forecast
 
 Body = TypeVar("Body", bound=BaseModel)
 Security = list[dict[str, list[str]]]
@@ -33,6 +36,7 @@ class Services:
 
     home: Path
     served: ServedModel
+    published: PublishedModels
     held: HeldReadings
     guard: Guard
     audit: AuditLog
@@ -44,6 +48,21 @@ class Services:
         if self.held.is_current():
             return self.held.readings(pseudonym)
         return await run_in_threadpool(self.held.readings, pseudonym)
+
+    def forecast(
+        self,
+        readings: tuple[Int64, Float32],
+        units: GlucoseUnit,
+        *,
+        as_of_s: float | None = None,
+        scenario: Scenario | None = None,
+    ) -> Forecast | NoForecast:
+        """Forecast with the model that answers now, or the reason against it; see make_forecast. May decline."""
+        model = self.served.model()
+        place = self.published.place(model.model_hash)
+        return make_forecast(
+            model, *readings, self.clock(), units, as_of_s=as_of_s, ledger_entry=place, scenario=scenario
+        )
 
 
 async def read_body(request: Request, expected: type[Body]) -> Body:

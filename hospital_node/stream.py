@@ -15,7 +15,6 @@ from data_schemas.forecast import Forecast, GlucoseUnit, NoForecast
 from data_schemas.units import RESEARCH_LABEL
 from hospital_node.problems import Declined, no_forecast
 from hospital_node.services import Services
-from pipeline.forecasting import make_forecast
 
 HEARTBEAT_SECONDS = 15.0
 LOOK_SECONDS = 1.0
@@ -50,8 +49,7 @@ async def _state(services: Services, patient: str, units: GlucoseUnit) -> tuple[
     """Return event name, data and id of the present forecast or of the reason why there is none."""
     try:
         time_s, glucose = await services.stored(patient)
-        model = services.served.model()
-        made = make_forecast(model, time_s, glucose, services.clock(), units)
+        made = services.forecast((time_s, glucose), units)
     except Declined as error:
         return "no-forecast", no_forecast(error.reason).model_dump(mode="json", exclude_defaults=True), error.reason
     if isinstance(made, Forecast):

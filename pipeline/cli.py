@@ -136,12 +136,22 @@ def node_key(
     path: NodePath,
     patient: Annotated[str, typer.Option(help="Pseudonym the key may ask about; 'all' for every patient.")] = "all",
     writes: Annotated[bool, typer.Option("--writes", help="The key may also add readings.")] = False,
+    listed: Annotated[bool, typer.Option("--list", help="List the keys by id; make none.")] = False,
+    revoke: Annotated[str | None, typer.Option(metavar="ID", help="Revoke a key by its id; make none.")] = None,
 ) -> None:
-    """Make an API key for the forecast endpoint; it is shown once and only its hash is kept."""
-    from hospital_node.api_keys import create_key
-    from hospital_node.folder import NodeFolder
+    """Make an API key for the forecast endpoint; it is shown once and only its hash is kept. Or list, or revoke."""
+    from hospital_node.api_keys import create_key, read_keys, revoke_key
 
-    with NodeFolder.open(path):
+    if not (path / "node.toml").exists():
+        raise BadInput(f"{path} is not a node folder", "make one with `islet node init`")
+    # No lock on the node: a key must be revocable while it trains.
+    if revoke is not None:
+        revoke_key(path, revoke)
+        say(f"revoked key {revoke}; a running endpoint refuses it from its next request on")
+    elif listed:
+        for key in read_keys(path):
+            say(f"{key.key_id}  {key.created_at:%Y-%m-%d %H:%M}  {'writes' if key.writes else 'reads '}  {key.scope}")
+    else:
         say(create_key(path, patient, time.time(), writes=writes)[1])
 
 

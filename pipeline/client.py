@@ -22,6 +22,7 @@ from pydantic import Field, TypeAdapter
 from data_schemas.errors import BadInput
 from data_schemas.forecast import Forecast, GlucoseUnit, NoForecast
 from data_schemas.frozen import Frozen
+from data_schemas.scenario import Scenario
 from pipeline.model_card import ModelCard, read_card
 
 TIMEOUT_SECONDS = 30.0
@@ -64,9 +65,12 @@ class Client:
         self._secure, self._host, self._port = parts.scheme == "https", parts.hostname, parts.port
         self._base, self._key = parts.path.rstrip("/"), key
 
-    def forecast(self, readings: Rows, units: GlucoseUnit) -> Forecast | Refused:
-        """Forecast from readings sent (moments with a UTC offset); the node stores nothing."""
-        return self._forecast("POST", "/v1/forecast", _body(readings, units))
+    def forecast(self, readings: Rows, units: GlucoseUnit, scenario: Scenario | None = None) -> Forecast | Refused:
+        """Forecast from readings sent (moments with a UTC offset); the node stores nothing.
+
+        With a scenario the answer's `simulation` is what the forecast would be if it happened; it is no advice.
+        """
+        return self._forecast("POST", "/v1/forecast", _body(readings, units, scenario))
 
     def stored_forecast(
         self, patient: str, units: GlucoseUnit = "mg/dL", as_of: datetime | None = None
@@ -126,9 +130,10 @@ class Client:
         return kind(self._host, self._port, timeout=TIMEOUT_SECONDS)
 
 
-def _body(readings: Rows, units: GlucoseUnit) -> bytes:
+def _body(readings: Rows, units: GlucoseUnit, scenario: Scenario | None = None) -> bytes:
     rows = [{"at": at.isoformat(), "glucose": glucose} for at, glucose in readings]
-    return json.dumps({"readings": rows, "units": units}).encode()
+    planned = {} if scenario is None else {"scenario": scenario.model_dump(mode="json", exclude_none=True)}
+    return json.dumps({"readings": rows, "units": units, **planned}).encode()
 
 
 def _refused(told: Any, wait: str | None) -> Refused:

@@ -1,13 +1,11 @@
 """From one person's readings to a forecast, or to the reason why there is none.
 
-The rules refuse what a forecast must not be built on: old data (12 minutes and 5 minutes ahead are oref0's limits),
-a sensor that sticks or jumps, a wrong unit, too little history. What is enough history is training's own rule.
+Which readings are good enough is told by pipeline.reading_rules; what a planned meal would add by pipeline.what_if.
 """
 
 from __future__ import annotations
 
 import itertools
-import statistics
 from bisect import bisect_left
 from datetime import UTC, datetime
 from typing import Any, Protocol, TypeAlias
@@ -15,28 +13,27 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from data_schemas.forecast import Forecast, GlucoseUnit, NoForecast
+from data_schemas.forecast import Forecast, GlucoseUnit, LedgerPlace, NoForecast
 from data_schemas.plan import ModelSpec
+from data_schemas.scenario import Scenario
 from data_schemas.units import HORIZON_MINUTES, MG_DL_PER_MMOL_L, QUANTILES, SENSOR_MAX_MG_DL, SENSOR_MIN_MG_DL
 from pipeline.model_card import ModelCard, privacy_statement
-from pipeline.windows import JUMP_MG_DL, JUMP_MG_DL_PER_MIN, WindowSpec, history_features
+from pipeline.reading_rules import DAY_SECONDS, judge
+from pipeline.what_if import (
+    MODEL_ASSUMES,
+    PHYSIOLOGY_ASSUMES,
+    ScenarioPredictor,
+    add_effect,
+    effect_of,
+    planned_channels,
+)
+from pipeline.windows import WindowSpec, history_features
 
 Int64: TypeAlias = npt.NDArray[np.int64]
 Float32: TypeAlias = npt.NDArray[np.float32]
 Float64: TypeAlias = npt.NDArray[np.float64]
 
-MAX_AGE_SECONDS = 12 * 60
-MAX_AHEAD_SECONDS = 5 * 60
-FLAT_SECONDS = 45 * 60
-# A person's glucose moves by up to about 5 mg/dL a minute; a change beyond this allowance is the sensor's.
-JUMP_ALLOWANCE_MG_DL = 30.0
-JUMP_MG_DL_PER_MINUTE = 6.0
-JUMP_WINDOW_SECONDS = 60 * 60
-LOWEST_MG_DL, HIGHEST_MG_DL = 10.0, 600.0
-# A median below 35 mg/dL is mmol/L read as mg/dL; one above 600 is mg/dL read as mmol/L.
-UNIT_SUSPECT_MEDIAN_MG_DL = 35.0
 LOW_MG_DL, HIGH_MG_DL = 70.0, 180.0
-_DAY_SECONDS = 24 * 3600
 _POINT_FIELDS = ("value", "p05", "p10", "p25", "p50", "p75", "p90", "p95")
 _LEVELS = (0.0, *QUANTILES, 1.0)
 # The tails continue the outer pieces: from 5% to 0 and from 95% to 1.
@@ -74,12 +71,15 @@ def make_forecast(
     units: GlucoseUnit,
     *,
     as_of_s: float | None = None,
+    ledger_entry: LedgerPlace | None = None,
+    scenario: Scenario | None = None,
 ) -> Forecast | NoForecast:
     """Forecast from one person's readings, or the first reason against it.
 
     time_s: int64[N] UTC epoch seconds, any order; glucose_mg_dl: float32[N]; of one second the first reading counts.
     now_s: the clock. as_of_s: pretend that it is this past moment, hiding every later reading; ages then count to it.
-    units: of the answer. Points lie at the newest reading + 5..60 minutes, whatever its age.
+    units: of the answer and of the scenario. Points lie at the newest reading + 5..60 minutes, whatever its age.
+    ledger_entry: where the ledger publishes the model. Raises UnusableScenario.
     """
     moment = now_s if as_of_s is None else as_of_s
     time_s, glucose_mg_dl = _in_order(time_s, glucose_mg_dl)
@@ -88,59 +88,56 @@ def make_forecast(
         time_s, glucose_mg_dl = time_s[seen], glucose_mg_dl[seen]
     windows = WindowSpec(history_minutes=model.spec.history_minutes)
     time_s, glucose_mg_dl = _newest(time_s, glucose_mg_dl, windows)
-    if reason := reason_against(time_s, glucose_mg_dl, moment, windows):
-        return reason
+    fit = judge(time_s, glucose_mg_dl, moment, windows)
+    if isinstance(fit, NoForecast):
+        return fit
     x, last = history_features(time_s, glucose_mg_dl, windows)
     forecast, quantiles = model.predict(x, last)
-    start = time_s[-1] - windows.history_minutes * 60 - windows.jitter_seconds
+    start_s = int(time_s[-1])
     low, high = _event_probabilities(quantiles[0].astype(np.float64))
     # Validated once as a whole: quicker than building twelve points one by one.
     return Forecast.model_validate(
         {
             "model_version": model.card.version,
             "model_hash": model.model_hash,
+            "ledger_entry": ledger_entry,
             "privacy_statement": privacy_statement(model.card),
             "generated_at": _utc(now_s),
             "as_of": None if as_of_s is None else _utc(as_of_s),
-            "last_reading_at": _utc(int(time_s[-1])),
-            "age_seconds": max(0.0, moment - float(time_s[-1])),
-            "readings_used": len(time_s) - int(time_s.searchsorted(start)),
+            "last_reading_at": _utc(start_s),
+            "age_seconds": max(0.0, moment - start_s),
+            "readings_used": fit.readings_used,
+            "quality": fit.quality,
             "units": units,
-            "points": _points(int(time_s[-1]), forecast[0], quantiles[0], units),
+            "points": _points(start_s, forecast[0], quantiles[0], units),
             "probability_below_70_within_30": low[0],
             "probability_below_70_within_60": low[1],
             "probability_above_180_within_30": high[0],
             "probability_above_180_within_60": high[1],
+            "simulation": None
+            if scenario is None
+            else _simulation(model, (x, last), (forecast[0], quantiles[0]), scenario, start_s, units),
         }
     )
 
 
-def reason_against(time_s: Int64, glucose_mg_dl: Float32, now_s: float, windows: WindowSpec) -> NoForecast | None:
-    """Return the first reason against a forecast, or None. Readings sorted by time, one per second."""
-    if not len(time_s):
-        return NoForecast.TOO_LITTLE_HISTORY
-    start = int(time_s.searchsorted(time_s[-1] - windows.history_minutes * 60 - windows.jitter_seconds))
-    # A few dozen numbers: plain loops are quicker than array calls.
-    times, glucose = time_s[start:].tolist(), glucose_mg_dl[start:].tolist()
-    return _age_reason(now_s - times[-1]) or _value_reason(times, glucose, windows)
-
-
-def _age_reason(age_s: float) -> NoForecast | None:
-    if age_s < -MAX_AHEAD_SECONDS:
-        return NoForecast.FUTURE
-    return NoForecast.STALE if age_s > MAX_AGE_SECONDS else None
-
-
-def _value_reason(times: list[int], glucose: list[float], windows: WindowSpec) -> NoForecast | None:
-    if not UNIT_SUSPECT_MEDIAN_MG_DL <= statistics.median(glucose) <= HIGHEST_MG_DL:
-        return NoForecast.UNIT_SUSPECT
-    if not LOWEST_MG_DL <= min(glucose) <= max(glucose) <= HIGHEST_MG_DL:
-        return NoForecast.OUT_OF_RANGE
-    if not _enough_history(times, glucose, windows):
-        return NoForecast.TOO_LITTLE_HISTORY
-    if _flat_seconds(times, glucose) >= FLAT_SECONDS:
-        return NoForecast.FLAT
-    return NoForecast.JUMP if _jumps(times, glucose) else None
+def _simulation(
+    model: Predictor,
+    window: tuple[Float32, Float32],
+    plain: tuple[Float32, Float32],
+    scenario: Scenario,
+    start_s: int,
+    units: GlucoseUnit,
+) -> dict[str, Any]:
+    """Fields of the Simulation: the model's own, where it has channels for what is planned, else physiology's."""
+    if isinstance(model, ScenarioPredictor):
+        forecast, quantiles = (part[0] for part in model.predict_planned(*window, *planned_channels(scenario, start_s)))
+        basis, assumes = "model", MODEL_ASSUMES
+    else:
+        effect = effect_of(scenario, start_s, 1.0 if units == "mg/dL" else MG_DL_PER_MMOL_L)
+        forecast, quantiles = add_effect(*plain, effect)
+        basis, assumes = "physiology", PHYSIOLOGY_ASSUMES
+    return {"basis": basis, "assumes": assumes, "points": _points(start_s, forecast, quantiles, units)}
 
 
 def probabilities_below(threshold_mg_dl: float, quantiles: Float64) -> Float64:
@@ -184,7 +181,9 @@ def _event_probabilities(quantiles: Float64) -> tuple[tuple[float, float], tuple
     return low, high
 
 
-def _points(last_s: int, forecast: Float32, quantiles: Float32, units: GlucoseUnit) -> list[dict[str, Any]]:
+def _points(
+    last_s: int, forecast: npt.NDArray[Any], quantiles: npt.NDArray[Any], units: GlucoseUnit
+) -> list[dict[str, Any]]:
     """Fields of the twelve ForecastPoints."""
     q = quantiles.astype(np.float64)
     table = np.empty((len(HORIZON_MINUTES), 8))
@@ -209,7 +208,7 @@ def _newest(time_s: Int64, glucose_mg_dl: Float32, windows: WindowSpec) -> tuple
     """The readings that a forecast at the newest one can depend on: its history and the day before it."""
     if not len(time_s):
         return time_s, glucose_mg_dl
-    reach = max(_DAY_SECONDS, windows.history_minutes * 60 + windows.jitter_seconds)
+    reach = max(DAY_SECONDS, windows.history_minutes * 60 + windows.jitter_seconds)
     start = int(time_s.searchsorted(time_s[-1] - reach))
     return time_s[start:], glucose_mg_dl[start:]
 
@@ -220,38 +219,6 @@ def _in_order(time_s: Int64, glucose_mg_dl: Float32) -> tuple[Int64, Float32]:
         return times, glucose
     times, first = np.unique(times, return_index=True)
     return times, glucose[first]
-
-
-def _enough_history(times: list[int], glucose: list[float], windows: WindowSpec) -> bool:
-    """Whether training would have cut a window at the newest reading: the rules of windows.cut_windows, for one."""
-    if len(times) < 2 or times[-1] - times[-2] > windows.max_last_gap_minutes * 60:
-        return False
-    if times[-1] - times[0] < windows.min_history_minutes * 60 - windows.jitter_seconds:
-        return False
-    inside = [min(max(value, SENSOR_MIN_MG_DL), SENSOR_MAX_MG_DL) for value in glucose]
-    jumps = sum(
-        abs(new - old) > JUMP_MG_DL + JUMP_MG_DL_PER_MIN * (after - before) / 60.0
-        for old, new, before, after in zip(inside, inside[1:], times, times[1:], strict=False)
-    )
-    return jumps <= windows.max_jumps
-
-
-def _flat_seconds(times: list[int], glucose: list[float]) -> int:
-    """For how long the newest reading has not changed at all."""
-    start = len(glucose) - 1
-    while start > 0 and glucose[start - 1] == glucose[-1]:
-        start -= 1
-    return times[-1] - times[start]
-
-
-def _jumps(times: list[int], glucose: list[float]) -> bool:
-    """Whether two consecutive readings of the last hour lie further apart than a person's glucose can move."""
-    start = bisect_left(times, times[-1] - JUMP_WINDOW_SECONDS)
-    recent, values = times[start:], glucose[start:]
-    return any(
-        abs(new - old) > JUMP_ALLOWANCE_MG_DL + JUMP_MG_DL_PER_MINUTE * (after - before) / 60.0
-        for old, new, before, after in zip(values, values[1:], recent, recent[1:], strict=False)
-    )
 
 
 def _utc(seconds: float) -> datetime:

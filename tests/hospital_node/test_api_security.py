@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from hospital_node.audit_log import AuditLog
 from hospital_node.rate_limit import RateLimit, TokenBuckets
 from hospital_node.tokens import TokenGate
 from tests.hospital_node import serving_node
-from tests.hospital_node.serving_node import NOW, OTHER, PERSON, Served, upload
+from tests.hospital_node.serving_node import LAST, NOW, OTHER, PERSON, Served, upload
 
 ISSUER, AUDIENCE = "https://idp.example", "islet-node"
 
@@ -264,6 +265,41 @@ def test_audit_log_tells_who_asked_and_no_reading(served: Served) -> None:
     text = path.read_text()
     assert "123.2" not in text
     assert not any(secret in text for secret in served.secrets.values())
+
+
+def test_planted_markers_stay_out_of_logs_and_counts(
+    served: Served, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Readings, scenario numbers, keys and tokens that are sent everywhere are in no log, count, output or refusal."""
+    caplog.set_level("DEBUG")
+    planted = ("117.3125", "31.4375", "47.5625", "9.1875")
+    token = Provider(served.home).token()
+    writer, reader = served.key("writer"), served.key("one")
+    good = upload(20, start=LAST - timedelta(minutes=100), value=117.3125)
+    planned = [{"at": LAST.isoformat(), "carbs_g": 31.4375}]
+    plan = {"planned": planned, "insulin_sensitivity": 47.5625, "carbohydrate_ratio": 9.1875}
+    bad = {"units": "mg/dL", "readings": [{"at": "117.3125", "glucose": "117.3125"}], "117.3125": 31.4375}
+    entry = {"type": "sgv", "date": LAST.timestamp() * 1000, "sgv": 117.3125}
+    own, api_secret = f"/v1/patients/{PERSON}/readings", {"api-secret": served.secrets["writer"]}
+    answers = [
+        served.client.post("/v1/forecast", json=good | {"scenario": plan}, headers=token),
+        served.client.post("/v1/forecast", json=good | {"scenario": {"planned": planned}}, headers=reader),
+        served.client.post("/v1/forecast", json=bad, headers=reader),
+        served.client.post(own, json=good, headers=writer | {"Idempotency-Key": "117.3125"}),
+        served.client.post(own, json=bad, headers=writer),
+        served.client.post("/api/v1/entries", json=[entry], headers=api_secret),
+        served.client.post("/api/v1/entries", json=[entry | {"date": "at 117.3125"}], headers=api_secret),
+        served.client.post("/v1/forecast?glucose=117.3125", content=b"117.3125", headers=reader),
+        served.client.get("/117.3125", headers=token),
+    ]
+    assert [a.status_code for a in answers] == [200, 422, 422, 200, 422, 200, 422, 422, 404]
+    refusals = "".join(answer.text for answer in answers if answer.status_code >= 400)
+    ours = [record.getMessage() for record in caplog.records if not record.name.startswith(("httpx", "httpcore"))]
+    told = "".join([refusals, served.client.get("/metrics").text, *ours, *capfd.readouterr()])
+    told += "".join(file.read_text() for file in (served.home / "reports").rglob("*") if file.is_file())
+    assert "POST /v1/forecast" in told
+    secret = [*served.secrets.values(), token["Authorization"].removeprefix("Bearer "), "dr-who"]
+    assert not [marker for marker in (*planted, *secret) if marker in told]
 
 
 def test_audit_log_turns_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

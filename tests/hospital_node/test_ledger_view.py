@@ -20,7 +20,7 @@ from data_schemas.governance import (
     Vote,
     VoteEntry,
 )
-from data_schemas.ledger import MemberEntry, PlanEntry, RoundEntry
+from data_schemas.ledger import MemberEntry, ModelEntry, PlanEntry, RoundEntry
 from data_schemas.messages import (
     Cosigned,
     CosignTask,
@@ -33,8 +33,10 @@ from data_schemas.messages import (
     UpdateManifest,
     WitnessState,
 )
+from data_schemas.plan import RELATION
 from hospital_node import ledger_view, local_round, scoring, witness
 from hospital_node.folder import NodeFolder
+from hospital_node.published_model import PublishedModels
 from pipeline import checkpoint, merkle
 from pipeline.charter import run_name
 from pipeline.checkpoint import Checkpoint
@@ -244,3 +246,24 @@ def test_a_false_sum_in_the_log_raises_the_alarm_for_good(path: Path, honest: bo
 
     assert (raised is None) is honest
     assert trained(path) is (None if honest else RefusalCode.ALARM)
+
+
+def test_a_published_model_has_its_place_in_the_ledger(path: Path) -> None:
+    """The endpoint names entry and leaf hash of the model that answers, once this node's copy publishes it."""
+    published = PublishedModels(path)
+    model = ModelEntry(
+        run=RUN, round=4, model_hash="ab" * 32, unit="patient", relation=RELATION, delta=1e-5, epsilon_by_node={}
+    )
+    assert published.place(model.model_hash) is None
+    log = Log()
+    log.add(member(path))
+    log.add(model)
+    (path / "ledger.jsonl").write_bytes(b"".join(line + b"\n" for line in log.lines))
+    place = published.place(model.model_hash)
+    assert place is not None
+    assert (place.entry, place.leaf_hash) == (1, merkle.leaf_hash(log.lines[1]).hex())
+    assert published.place("cd" * 32) is None
+    # An entry that the aggregator did not sign publishes nothing.
+    forged = log.lines[1].replace(b"ab" * 32, b"cd" * 32)
+    (path / "ledger.jsonl").write_bytes(log.lines[0] + b"\n" + forged + b"\n")
+    assert published.place("cd" * 32) is None

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from hospital_node.folder import NodeFolder
+
 ROOT = Path(__file__).parents[2]
 DUKE = ROOT / "hospital_node" / "sample_exports" / "duke"
 
@@ -212,3 +214,20 @@ def test_compressed_readings_are_read_as_they_are(islet: Run, tmp_path: Path) ->
     refused = islet("backtest", "--readings", "r.csv.gz", "--model", "m", "--out", "o.csv")
 
     assert refused.returncode == 2
+
+
+def test_keys_are_made_listed_and_revoked(islet: Run, exports: Path) -> None:
+    """A key is shown once; the list tells its id and scope; revoking by id removes it, also while the node is busy."""
+    make_node(islet, exports)
+    secret = islet("node", "key", "duke", "--patient", "anna", "--writes").stdout.strip()
+    assert secret.startswith("islet_")
+    listed = islet("node", "key", "duke", "--list").stdout.split()
+    assert listed[-2:] == ["writes", "anna"]
+    with NodeFolder.open(exports.parent / "duke"):
+        revoked = islet("node", "key", "duke", "--revoke", listed[0])
+    assert revoked.returncode == 0, revoked.stderr
+    assert secret not in revoked.stdout
+    assert islet("node", "key", "duke", "--list").stdout == ""
+    again = islet("node", "key", "duke", "--revoke", listed[0])
+    assert again.returncode == 2
+    assert "--list" in again.stderr

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from data_schemas.forecast import Forecast, NoForecast
 from data_schemas.plan import ModelSpec
-from pipeline.forecasting import Float32, Float64, Int64, make_forecast, probabilities_below, reason_against
+from pipeline.forecasting import Float32, Float64, Int64, make_forecast, probabilities_below
 from pipeline.model_card import CardPrivacy, ModelCard, TrainedOn
+from pipeline.reading_rules import judge
 from pipeline.windows import Series, WindowSpec, cut_windows, history_features
 
 NOW = 1_700_000_000.0
@@ -130,6 +131,31 @@ def test_jump() -> None:
     assert forecast(time_s, glucose).points[0].value == 133.0
 
 
+def test_noisy_sensor() -> None:
+    """Four turns within the hour of more than 12 mg/dL each way are the sensor's; smaller ones and three are not."""
+    time_s, glucose = readings()
+    calm, shaking = glucose.copy(), glucose.copy()
+    calm[-12:] = 140 + 11 * (np.arange(12) % 2)
+    assert forecast(time_s, calm).points[0].value == 151
+    shaking[-6:] = 120 + 15 * (np.arange(6) % 2)
+    assert reason(time_s, shaking) is NoForecast.NOISY
+    shaking[-2] = shaking[-1]
+    assert forecast(time_s, shaking).points[0].value == 135
+
+
+def test_quality_flags() -> None:
+    """What makes readings worse is told by name: young series, gaps, age, the sensor's limits, unlikely changes."""
+    day = readings(300, start=-180)
+    assert forecast(day[0], np.clip(day[1], 60, 200)).quality == ()
+    assert forecast(*readings()).quality == ("short-history", "short-day")
+    assert forecast(*readings(300, start=-230, age_s=430)).quality == ("ageing", "at-sensor-limit")
+    time_s, glucose = day[0], np.clip(day[1], 60, 200)
+    missing = np.delete(np.arange(300), [290, 291, 292, 293])
+    assert forecast(time_s[missing], glucose[missing]).quality == ("gaps",)
+    glucose[-20] += 45
+    assert forecast(time_s, glucose).quality == ("jumps",)
+
+
 @pytest.mark.parametrize("value", [9.0, 601.0])
 def test_out_of_range(value: float) -> None:
     """A value no sensor reports is refused, not clipped."""
@@ -201,7 +227,7 @@ def test_enough_history_is_the_rule_of_training(steps: list[int], moves: list[fl
     series = Series(("one",), np.array([0, len(times)], dtype=np.int64), times, glucose)
     anchors = cut_windows(series, spec, need_target=False).anchors
     would_cut = len(anchors) > 0 and anchors[-1] == len(times) - 1
-    told = reason_against(times, glucose, float(times[-1]), spec)
+    told = judge(times, glucose, float(times[-1]), spec)
     assert (told == NoForecast.TOO_LITTLE_HISTORY) == (not would_cut)
 
 
