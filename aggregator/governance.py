@@ -209,7 +209,9 @@ def governance_summary(entry: Entry) -> str:
     """Write an entry of the members' decisions as a line."""
     match entry:
         case FoundingEntry():
-            return f"{entry.federation}: epsilon at most {entry.privacy.max_epsilon_training:g}"
+            return (
+                f"{entry.federation}: epsilon at most {entry.privacy.max_epsilon_training:g} per {entry.privacy.unit}"
+            )
         case ProposalEntry():
             return f"{content_hash(entry.proposal)[:12]} {proposal_text(entry.proposal)}"
         case VoteEntry():
@@ -223,7 +225,8 @@ def governance_summary(entry: Entry) -> str:
 
 
 def _attested(said: Attestation) -> str:
-    return f"{said.node}: spent epsilon {said.epsilon_training:.2f} training, {said.epsilon_heldout:.2f} held-out"
+    spent = f"{said.epsilon_training:.2f} training, {said.epsilon_heldout:.2f} held-out"
+    return f"{said.node}: spent epsilon per patient {spent}"
 
 
 def _place(known: dict[Key, Value], key: Key, value: Value, index: int) -> None:

@@ -154,8 +154,11 @@ class BudgetBook:
         """Count a release before it is computed; on the disk when this returns.
 
         Returns the stored reply of a task that was already committed, and the old reservation of one that was not (see
-        the module docstring for why that is one release). Raises BudgetExhausted, and then nothing was written.
+        the module docstring for why that is one release). Raises BudgetExhausted, and then nothing was written, and
+        BadInput for a unit weaker than a patient: what a window spends says nothing about what its patient spends.
         """
+        if unit != "patient":
+            raise BadInput(f"an event per {unit} cannot be added up per patient", "Plans account per patient.")
         if (reply := self.stored_reply(task_id)) is not None:
             return reply
         if (earlier := self._reserved.get(task_id)) is not None:

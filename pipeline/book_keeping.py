@@ -124,7 +124,13 @@ def _square_norms(inputs: Tensor, arriving: Tensor, product: Tensor | None) -> T
         norms: Tensor = torch.linalg.vector_norm(product.flatten(1), dim=1)
         return norms.square()
     rows, grads = inputs.transpose(0, 1), arriving.transpose(0, 1)
-    return (torch.bmm(rows, rows.transpose(1, 2)) * torch.bmm(grads, grads.transpose(1, 2))).sum(dim=(1, 2))
+    squares = (torch.bmm(rows, rows.transpose(1, 2)) * torch.bmm(grads, grads.transpose(1, 2))).sum(dim=(1, 2))
+    # Where large terms cancel, rounding may hide what is left of them. A hostile model can arrange that, so the largest
+    # error that rounding can make is added: the norm is never too small, nor are the scaled terms too large to add up.
+    largest = (rows.norm(dim=2) * grads.norm(dim=2)).sum(dim=1)
+    rounding = (rows.shape[2] + grads.shape[2]) * torch.finfo(rows.dtype).eps / 2
+    bounds: Tensor = squares.clamp(min=0) + rounding * largest.square()
+    return bounds
 
 
 def square_norms(inputs: Tensor, arriving: Tensor) -> Tensor:

@@ -305,7 +305,7 @@ class RunRecord:
         epsilon = max(summary.epsilon_by_node.values(), default=0.0)
         self.stage(
             f"round {summary.round:2d}/{summary.rounds}: {len(summary.admitted)} updates admitted  {mean}"
-            f"epsilon {epsilon:.2f}  {summary.seconds:.1f} s{rejected}"
+            f"epsilon {epsilon:.2f} per patient  {summary.seconds:.1f} s{rejected}"
         )
         self.recorder.round_closed(summary)
         self.recorder.errors_measured(summary.round, errors)

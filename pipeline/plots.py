@@ -271,7 +271,9 @@ def privacy_spend(spend: Mapping[str, Sequence[tuple[int, float]]], ceilings: Ma
             color=RED,
         )
     axis.set(
-        xlabel="round", ylabel="epsilon spent", ylim=(0, 1.15 * max([*ceilings.values(), *_heights(spend)], default=1))
+        xlabel="round",
+        ylabel="epsilon spent per patient",
+        ylim=(0, 1.15 * max([*ceilings.values(), *_heights(spend)], default=1)),
     )
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.legend(loc="lower right", ncols=2)

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from data_schemas.errors import BadInput, NodeBusy, StorageFailed, Tampered
-from data_schemas.plan import PrivacyEvent
+from data_schemas.plan import PrivacyEvent, PrivacyUnit
 from data_schemas.units import DELTA
 from hospital_node import book_file
 from hospital_node.budget import (
@@ -107,6 +107,17 @@ def test_a_task_cannot_come_back_as_something_else(path: Path) -> None:
         reserve(book, "a", event=RELEASE)
     with pytest.raises(BadInput):
         book.commit("never reserved", b"reply")
+
+
+def test_a_weaker_unit_is_not_added_up_with_patients(path: Path) -> None:
+    """An event that protects windows or days cannot enter the book, whoever asks, and nothing is written."""
+    book = BudgetBook(path, KEY)
+    units: tuple[PrivacyUnit, ...] = ("day (weaker than patient)", "window (weaker than patient)")
+    for unit in units:
+        with pytest.raises(BadInput, match="weaker than patient"):
+            book.reserve("a", "training", unit, EVENT, asked_by="", run="", at=AT, ceiling_epsilon=8.0, noise="secure")
+
+    assert book.rows() == () == BudgetBook(path, KEY).rows()
 
 
 def test_the_ceiling_holds_over_all_runs_and_refusing_writes_nothing(path: Path) -> None:
