@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow browser deployment lint bench audit recompute coverage openapi lock clean
+.PHONY: demo test test-slow browser deployment faults lint bench audit recompute coverage openapi lock clean
 
 .venv/installed: pyproject.toml requirements.lock
 	$(PYTHON) -m venv .venv
@@ -27,6 +27,10 @@ browser: .venv/installed
 # A federation of real processes: SuperLink, SuperExec and three hospitals' nodes over TLS on the loopback interface.
 deployment: .venv/installed
 	$(BIN)/python -m pytest -q -p no:randomly -m deployment tests/deployment
+
+# Two hundred rounds under random faults, from a seed: kills, lost and late messages, full disks, spoilt checkpoints.
+faults: .venv/installed
+	$(BIN)/python -m tests.faults --rounds 200 --seed 1
 
 lint: .venv/installed
 	$(BIN)/ruff check .

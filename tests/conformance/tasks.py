@@ -23,6 +23,7 @@ from data_schemas.messages import HelloTask, Refusal, ReleaseTask, ScoreTask, Tr
 from data_schemas.plan import TrainingPlan
 from hospital_node import client_app, ledger_view
 from hospital_node.folder import NodeFolder
+from hospital_node.gate import approved
 from pipeline.charter import run_name
 from pipeline.wire import from_record, to_record
 from tests.conformance.case import Case
@@ -215,11 +216,21 @@ def nan_weights(path: Path) -> str:
     return trained(path, asked={"base_model_hash": bytes_hash(broken.tobytes())}, weights=broken)
 
 
+def bundle(path: Path, approve: str | None) -> str:
+    """Offer a node code that is not what it approved; the gate looks at the bytes alone and unpacks nothing."""
+    home = made(path, approved_bundle=approve)
+    return "admitted" if approved(home, b"code from the server") else "bundle-refused"
+
+
 def spoil(_values: dict[str, Any], updates: np.ndarray) -> None:
     updates[1, 0] += 1
 
 
 CASES: tuple[Case, ...] = (
+    Case(
+        "other-bundle", "code with other bytes than the approved", "bundle-refused", partial(bundle, approve="a" * 64)
+    ),
+    Case("first-bundle", "code for a hospital that approved none", "bundle-refused", partial(bundle, approve=None)),
     Case(
         "larger-epsilon",
         "a plan of epsilon 100, voted by the others",
