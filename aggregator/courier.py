@@ -24,6 +24,7 @@ from data_schemas.messages import (
     Cosigned,
     Hello,
     HelloTask,
+    Installed,
     Refusal,
     Scored,
     SignedRelease,
@@ -33,9 +34,9 @@ from data_schemas.messages import (
 
 # The action of the ClientApp that answers each task.
 HELLO, TRAIN, SCORE = "query.hello", "train", "evaluate"
-RELEASE, COSIGN = "query.release", "query.cosign"
+RELEASE, COSIGN, MODEL = "query.release", "query.cosign", "query.model"
 
-Body = Hello | Refusal | SignedUpdate | Scored | SignedRelease | WitnessState | Cosigned
+Body = Hello | Refusal | SignedUpdate | Scored | SignedRelease | WitnessState | Cosigned | Installed
 _BODY: TypeAdapter[Body] = TypeAdapter(Annotated[Body, Field(discriminator="kind")])
 _log = logging.getLogger("islet.aggregator")
 
@@ -88,6 +89,8 @@ class Courier:
         self._federation = federation
         self._hello_timeout_s = hello_timeout_s
         self._names: dict[int, str] = {}
+        # Keys that members had before: a node that has not yet heard of its new key is still shown the ledger.
+        self.former_keys: Mapping[str, Sequence[str]] = {}
         self._reported: set[int] = set()
 
     def connect(self, members: Mapping[str, MemberEntry]) -> dict[str, tuple[int, ...]]:
@@ -142,11 +145,14 @@ class Courier:
         for back in self._exchange.carry(letters, "hello", self._hello_timeout_s):
             body = _parse("", back).body
             member = members.get(body.node) if isinstance(body, Hello) else None
-            if isinstance(body, Hello) and member is not None and member.public_key == body.public_key:
+            if isinstance(body, Hello) and member is not None and self._knows(member, body.public_key):
                 self._names[back.node_id] = body.node
             elif back.node_id not in self._reported:
                 self._reported.add(back.node_id)
                 _log.warning("connected node %d is no member (%s)", back.node_id, _why(body, back, member))
+
+    def _knows(self, member: MemberEntry, public_key: str) -> bool:
+        return public_key == member.public_key or public_key in self.former_keys.get(member.node, ())
 
 
 def _why(body: Body | None, back: Incoming, member: MemberEntry | None) -> str:

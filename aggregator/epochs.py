@@ -1,6 +1,6 @@
-"""What follows a closed round: scoring at the hospitals, credit at the end of an epoch, cosignatures on the ledger.
+"""What follows a closed round: scoring at the hospitals, and credit at the end of an epoch.
 
-Nothing here can end a run: a hospital that fails is missing from the epoch's credit or from the cosigners, by name.
+Nothing here can end a run: a hospital that fails is missing from the epoch's credit, by name.
 """
 
 from __future__ import annotations
@@ -13,24 +13,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aggregator.admission import RejectionCode, is_hash
-from aggregator.courier import COSIGN, RELEASE, SCORE, Courier, Reply
-from aggregator.ledger import Ledger
+from aggregator.courier import RELEASE, SCORE, Courier, Reply
 from data_schemas.canonical import canonical_bytes
-from data_schemas.errors import BadInput, CheckFailed
 from data_schemas.ledger import CreditEntry, MemberEntry, RoundEntry
 from data_schemas.messages import (
-    Cosigned,
-    CosignTask,
     EpochRelease,
     RefusalCode,
     ReleaseTask,
     Scored,
     ScoreTask,
     SignedRelease,
-    WitnessState,
 )
 from data_schemas.plan import TrainingPlan
-from pipeline.checkpoint import NoteSignature, SignedCheckpoint
 from pipeline.contribution import credit
 from pipeline.signing import verify
 
@@ -96,7 +90,7 @@ def score(
         if isinstance(reply.body, Scored)
         and (reply.body.round, reply.body.new_model_hash) == (task.round, task.new_model_hash)
     }
-    _report("scored", task.round, replies, scored)
+    report("scored", task.round, replies, scored)
     return tuple(sorted(scored))
 
 
@@ -156,7 +150,7 @@ def collect_credit(
         asked = {reply.node for reply in replies if reply.failure in _PASSING} - usable.keys()
         if not asked:
             break
-    _report("released", task.epoch, replies, usable.keys())
+    report("released", task.epoch, replies, usable.keys())
     rounds = rounds_of(task.epoch, task.plan)
     pot = task.plan.credit.pot_micro_credits_per_round * len(rounds)
     releases = tuple(usable[name] for name in sorted(usable))
@@ -186,71 +180,8 @@ def _usable(replies: Sequence[Reply], task: ReleaseTask, members: Members) -> di
     return found
 
 
-def gather_cosignatures(
-    courier: Courier,
-    ledger: Ledger,
-    members: Members,
-    *,
-    federation: str,
-    timeout_s: float,
-    witness_sizes: dict[str, int],
-) -> tuple[str, ...]:
-    """Have every hospital cosign the ledger's present checkpoint; returns who did.
-
-    witness_sizes is what each was last seen to hold (updated here; absent means nothing yet). A witness that stands
-    elsewhere answers with its size and is asked once more with the proof from there. A witness ahead of this ledger has
-    seen entries that are missing here: reported, never overridden.
-    """
-    note = ledger.checkpoint()
-    size = SignedCheckpoint.from_text(note).checkpoint.size
-    asked = {name: min(witness_sizes.get(name, 0), size) for name in members}
-    replies: list[Reply] = []
-    cosigned: set[str] = set()
-    while asked:
-        tasks = {name: _cosign_task(ledger, federation, note, old) for name, old in asked.items()}
-        retry = not replies
-        replies = courier.ask(COSIGN, tasks, members, timeout_s=timeout_s, group="cosign")
-        cosigned |= {reply.node for reply in replies if _accepted(reply, ledger)}
-        asked = {reply.node: reply.body.size for reply in replies if isinstance(reply.body, WitnessState)}
-        asked = {name: old for name, old in asked.items() if retry and _provable(name, old, size)}
-    witness_sizes.update(dict.fromkeys(cosigned, size))
-    _report("cosigned", size, replies, cosigned)
-    return tuple(sorted(cosigned))
-
-
-def _cosign_task(ledger: Ledger, federation: str, note: str, old_size: int) -> CosignTask:
-    proof = ledger.consistency_proof(old_size) if old_size else ()
-    size = SignedCheckpoint.from_text(note).checkpoint.size
-    return CosignTask(
-        federation=federation,
-        checkpoint=note,
-        old_size=old_size,
-        consistency_proof=proof,
-        entries=ledger.payloads(old_size)[: size - old_size],
-    )
-
-
-def _provable(node: str, witness_size: int, size: int) -> bool:
-    if 0 <= witness_size <= size:
-        return True
-    _log.error("%s has cosigned %d entries, this ledger has %d: entries are missing here", node, witness_size, size)
-    return False
-
-
-def _accepted(reply: Reply, ledger: Ledger) -> bool:
-    if not isinstance(reply.body, Cosigned):
-        return False
-    try:
-        if NoteSignature.from_text(reply.body.cosignature).name != reply.node:
-            return False
-        ledger.add_cosignature(reply.body.cosignature)
-    except (BadInput, CheckFailed) as error:
-        _log.warning("cosignature of %s not used: %s", reply.node, type(error).__name__)
-        return False
-    return True
-
-
-def _report(verb: str, number: int, replies: Sequence[Reply], done: Collection[str]) -> None:
+def report(verb: str, number: int, replies: Sequence[Reply], done: Collection[str]) -> None:
+    """Log who did not do what was asked, and why."""
     for reply in replies:
         if reply.node not in done:
             _log.info("%s: %d not %s: %s", reply.node, number, verb, reply.failure or "unusable reply")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TypeVar
 
-from aggregator.ledger import Ledger
+from aggregator.ledger import AgainstTheRules, Ledger
 from data_schemas.canonical import content_hash
 from data_schemas.errors import BadInput, CheckFailed, Tampered
 from data_schemas.governance import (
@@ -20,8 +20,8 @@ from data_schemas.governance import (
     DecisionEntry,
     FoundingEntry,
     PrivacyPolicy,
-    Proposal,
     ProposalEntry,
+    StatementCode,
     VoteEntry,
 )
 from data_schemas.ledger import (
@@ -36,6 +36,7 @@ from data_schemas.ledger import (
 )
 from data_schemas.plan import TrainingPlan
 from pipeline.charter import Charter
+from pipeline.charter_text import proposal_text
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")
@@ -137,24 +138,27 @@ def found_federation(ledger: Ledger, founding: FoundingEntry, at: str) -> bool:
 
 
 def enter(ledger: Ledger, entry: Entry, at: str) -> Receipt:
-    """Log an entry if the rules of pipeline.charter allow it now. Raises BadInput saying why they do not."""
-    trial = replay(ledger.entries()).charter
-    if wrong := trial.take_entry(entry, at):
-        raise BadInput(f"the federation's rules refuse this {entry.kind}: {wrong}", "see docs/governance.md")
-    return ledger.append(entry, at)
+    """Log an entry if the rules of pipeline.charter allow it now. Raises AgainstTheRules saying why they do not."""
+    return ledger.append(entry, at, by_rules=True)
 
 
 def decide(ledger: Ledger, at: str) -> tuple[DecisionEntry, ...]:
     """Log the outcome of every open proposal that is settled now: by votes, by expiry, or because members changed."""
     made: list[DecisionEntry] = []
     while True:
-        charter = replay(ledger.entries()).charter
+        charter = ledger.charter()
         settled = ((name, charter.outcome(name, at)) for name in charter.open)
         found = next(((name, accepted) for name, accepted in settled if accepted is not None), None)
         if found is None:
             return tuple(made)
-        made.append(DecisionEntry(proposal_hash=found[0], accepted=found[1]))
-        enter(ledger, made[-1], at)
+        decision = DecisionEntry(proposal_hash=found[0], accepted=found[1])
+        try:
+            enter(ledger, decision, at)
+        except AgainstTheRules as error:
+            if error.code is not StatementCode.NO_SUCH_PROPOSAL:
+                raise
+        else:
+            made.append(decision)
 
 
 def check_plan(charter: Charter, plan: TrainingPlan) -> None:
@@ -169,40 +173,6 @@ def check_plan(charter: Charter, plan: TrainingPlan) -> None:
             "the plan goes beyond the policy that the members decided",
             "change the plan, or propose another policy: islet federation propose",
         )
-
-
-def render_status(federation: Federation, now: str) -> str:
-    """Write members, policy and proposals as lines for a terminal."""
-    charter = federation.charter
-    if charter.privacy is None or charter.credit is None:
-        return "no founding policy: the federation has not begun"
-    privacy = charter.privacy
-    lines = [
-        f"federation {charter.federation}" + ("  PAUSED" if charter.paused else ""),
-        f"  members   {', '.join(charter.members)} (set {charter.member_set[:12]})",
-        f"  privacy   epsilon at most {privacy.max_epsilon_training:g} training, {privacy.max_epsilon_heldout:g}"
-        f" held-out, per {privacy.unit}; at least {privacy.min_patients} patients",
-        f"  credit    at most {charter.credit.max_pot_micro_credits_per_round} micro-credits a round",
-        f"  champion  {charter.champions[-1][:12] if charter.champions else 'none voted'}",
-    ]
-    for name, proposal in charter.open.items():
-        votes, may = charter.votes[name], charter.voters(proposal)
-        yes = sum(votes.values())
-        need = "two thirds" if charter.needs_two_thirds(proposal) else "more than half"
-        outcome = {None: "open", True: "accepted", False: "rejected"}[charter.outcome(name, now)]
-        lines.append(
-            f"  proposal  {name[:12]} {proposal_text(proposal)}: {yes} yes, {len(votes) - yes} no"
-            f" of {len(may)}; needs {need}; {outcome}; until {proposal.expires_at}"
-        )
-    lines += [f"  decided   {name[:12]} {'accepted' if yes else 'rejected'}" for name, yes in charter.decided.items()]
-    return "\n".join(lines)
-
-
-def proposal_text(proposal: Proposal) -> str:
-    """Write what a proposal wants."""
-    values = proposal.action.model_dump(mode="json", exclude={"action"})
-    told = ", ".join(f"{key} {value[:12] if isinstance(value, str) else value}" for key, value in values.items())
-    return f"{proposal.action.action} ({told}) by {proposal.proposed_by}"
 
 
 def governance_summary(entry: Entry) -> str:

@@ -24,7 +24,7 @@ from data_schemas.errors import BadInput, CheckFailed, StorageFailed, Tampered
 from data_schemas.ledger import Entry, LedgerEntry, MemberEntry, Receipt
 from pipeline import checkpoint as notes
 from pipeline import merkle
-from pipeline.charter import Charter
+from pipeline.charter import Charter, code_of
 from pipeline.checkpoint import Checkpoint
 from pipeline.inclusion import split_payload
 from pipeline.signing import PrivateKey, verify, write_durably
@@ -49,6 +49,14 @@ _TRIGGERS = tuple(
     for verb in ("UPDATE", "DELETE")
 )
 SCHEMA = _TABLES + _TRIGGERS
+
+
+class AgainstTheRules(BadInput):
+    """An entry that the federation's rules do not allow now; `code` says why."""
+
+    def __init__(self, kind: str, fault: str) -> None:
+        super().__init__(f"the federation's rules refuse this {kind}: {fault}", "see docs/governance.md")
+        self.code = code_of(fault)
 
 
 class Ledger:
@@ -84,12 +92,13 @@ class Ledger:
         """Number of entries."""
         return self._tree.size
 
-    def append(self, entry: Entry, recorded_at: str) -> Receipt:
+    def append(self, entry: Entry, recorded_at: str, *, by_rules: bool = False) -> Receipt:
         """Sign and log one entry; it is durable when this returns.
 
-        recorded_at is UTC, ISO 8601. StorageFailed when the disk refuses: the ledger is as it was before.
+        recorded_at is UTC, ISO 8601. StorageFailed when the disk refuses: the ledger is as it was before. With
+        `by_rules`, AgainstTheRules when pipeline.charter refuses the entry after all that anybody has logged by then.
         """
-        return self._append(None, entry, recorded_at)
+        return self._append(None, entry, recorded_at, by_rules=by_rules)
 
     def append_once(self, unique_key: UniqueKey, entry: Entry, recorded_at: str) -> Receipt:
         """Log an entry under a key such as ("round", run, round), once: a repeat returns the receipt of the first.
@@ -142,6 +151,7 @@ class Ledger:
 
     def checkpoint(self) -> str:
         """Sign the present size and root, store and publish them; return the note with the cosignatures it has."""
+        self._catch_up()
         present = Checkpoint(self._origin, self.size, self._tree.root().hex())
         with _disk(self.path), self._transaction():
             self._connection.execute(
@@ -167,13 +177,15 @@ class Ledger:
             )
         return self._publish()
 
-    def _append(self, key: bytes | None, entry: Entry, recorded_at: str) -> Receipt:
+    def _append(self, key: bytes | None, entry: Entry, recorded_at: str, *, by_rules: bool = False) -> Receipt:
         _check_time(recorded_at)
         with _disk(self.path), self._transaction():
             self._catch_up()
             taken = None if key is None else self._index_of(key)
             if taken is None:
                 self._check_membership(entry)
+                if by_rules and (wrong := self.charter().copy().take_entry(entry, recorded_at)):
+                    raise AgainstTheRules(entry.kind, wrong)
                 index = self.size
                 payload = _signed_payload(index, recorded_at, entry, self._key)
                 leaf = merkle.leaf_hash(payload)

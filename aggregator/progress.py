@@ -38,3 +38,6 @@ class Observer(Protocol):
 
     def epoch_closed(self, credit: CreditEntry) -> None:
         """Hear that a credit epoch is in the ledger."""
+
+    def champion_decided(self, model_hash: str) -> None:
+        """Hear which model the members have decided to serve; told at every sitting."""

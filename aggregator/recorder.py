@@ -54,6 +54,10 @@ class Recorder:
         """Log an epoch's credit."""
         self._log(lambda registry: registry.log_credit(self.run_id, credit))
 
+    def champion_decided(self, model_hash: str) -> None:
+        """Let the alias `champion` follow the members' vote."""
+        self._log(lambda registry: registry.crown(model_hash))
+
     def _log(self, call: Callable[[Registry], object]) -> None:
         from aggregator.registry import RegistryFailed
 

@@ -137,11 +137,10 @@ class Registry:
         credit: Mapping[str, Any],
         results: Mapping[str, float],
     ) -> Published:
-        """Record the outcome and register the model: `champion` if there is none yet, else `challenger`.
+        """Record the outcome and register the model as `challenger`; the members' vote makes a champion (crown).
 
         plots: PNG bytes by file name. privacy, credit: JSON records. results: metrics such as rmse_30/madrid/islet.
-        Called again for the same run and model it returns what it registered before.
-        Raises BadInput or Tampered (the folder or its card), RegistryFailed.
+        Called again it returns what it registered before. Raises BadInput, Tampered (the folder), RegistryFailed.
         """
         # Reading the card refuses a model without unit, relation, epsilon, delta and rounds.
         model = load_model(model_folder)
@@ -165,14 +164,18 @@ class Registry:
         with _reported("stop the run"):
             self._client.set_terminated(run_id, "KILLED")
 
-    def promote(self, version: str) -> Published:
-        """Make a version the champion. Raises RegistryFailed."""
+    def crown(self, model_hash: str) -> Published | None:
+        """Make the newest version of this model the champion; None when it was never registered. RegistryFailed."""
         with _reported("promote the model"):
-            aliases = self._client.get_model_version(MODEL_NAME, version).aliases
-            self._client.set_registered_model_alias(MODEL_NAME, CHAMPION, version)
-            if CHALLENGER in aliases:
+            versions = self._client.search_model_versions(f"name = '{MODEL_NAME}'")
+            found = [int(v.version) for v in versions if v.tags.get("model_hash") == model_hash]
+            if not found:
+                return None
+            newest = str(max(found))
+            self._client.set_registered_model_alias(MODEL_NAME, CHAMPION, newest)
+            if CHALLENGER in self._client.get_model_version(MODEL_NAME, newest).aliases:
                 self._client.delete_registered_model_alias(MODEL_NAME, CHALLENGER)
-        return _published(version, CHAMPION)
+            return _published(newest, CHAMPION)
 
     def exported(self, uri: str) -> Path:
         """Return the exported model folder behind a models:/ URI. Raises BadInput, RegistryFailed."""
@@ -283,16 +286,14 @@ class Registry:
             description=f"{privacy_statement(card)}\n\n{len(results)} results on held-out people are in the run.",
             model_id=model_id,
         )
-        taken = self._client.get_registered_model(MODEL_NAME).aliases
-        alias = CHALLENGER if CHAMPION in taken else CHAMPION
-        self._client.set_registered_model_alias(MODEL_NAME, alias, made.version)
-        return _published(made.version, alias)
+        self._client.set_registered_model_alias(MODEL_NAME, CHALLENGER, made.version)
+        return _published(made.version, CHALLENGER)
 
     def _published(self, run_id: str, model_hash: str) -> Published | None:
         for version in self._client.search_model_versions(f"name = '{MODEL_NAME}' and run_id = '{run_id}'"):
             if version.tags.get("model_hash") == model_hash:
                 aliases = self._client.get_model_version(MODEL_NAME, version.version).aliases
-                return _published(version.version, aliases[0] if aliases else "")
+                return _published(version.version, min(aliases, default=""))
         return None
 
 

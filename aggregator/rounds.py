@@ -10,9 +10,10 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -32,6 +33,7 @@ from aggregator.aggregation import (
     released_weights,
     server_step,
 )
+from aggregator.assembly import Table, sit
 from aggregator.collecting import Collected, collect
 from aggregator.courier import Courier, Incoming, Outgoing
 from aggregator.governance import Federation, check_plan, replay
@@ -84,7 +86,7 @@ class FederationResult:
 
 @dataclass(frozen=True)
 class _Desk:
-    """What every step of one run needs; fixed for the run, except what the witnesses were last seen to hold."""
+    """What every step of one run needs."""
 
     courier: Courier
     settings: AggregatorSettings
@@ -94,7 +96,7 @@ class _Desk:
     state: StateFolder
     observer: Observer
     clock: Clock
-    witness_sizes: dict[str, int] = field(default_factory=dict)
+    table: Table
 
     def now(self) -> str:
         """Time for the ledger: UTC, ISO 8601."""
@@ -119,6 +121,7 @@ def run_federation(
     ledger: Ledger,
     state: StateFolder,
     observer: Observer,
+    released: Path,
     clock: Clock = time.time,
 ) -> FederationResult:
     """Run a plan to its end, or go on with it where it stopped; of a finished run only the cosignatures are renewed.
@@ -128,7 +131,8 @@ def run_federation(
     """
     courier = Courier(GridExchange(grid), settings.federation, settings.hello_timeout_s)
     run = run_identity(settings.federation, plan, initial_weights)
-    desk = _Desk(courier, settings, plan, run, ledger, state, observer, clock)
+    table = Table(courier, ledger, settings.federation, settings.cosign_timeout_s, released)
+    desk = _Desk(courier, settings, plan, run, ledger, state, observer, clock, table)
     _check_members(desk)
     check_plan(desk.federation().charter, plan)
     ledger.append_once(("plan", run), PlanEntry(run=run, plan_hash=content_hash(plan)), desk.now())
@@ -141,6 +145,7 @@ def run_federation(
         server, done = checkpoint.server, checkpoint.record.round
         epsilon_by_node = dict(checkpoint.record.summary.epsilon_by_node)
     for number in range(done + 1, plan.rounds + 1):
+        check_plan(ledger.charter(), plan)
         step = _train(desk, number, server, epsilon_by_node, checkpoint)
         state.save(step)
         _close(desk, step)
@@ -280,24 +285,21 @@ def _close_epoch(desk: _Desk, epoch: int, federation: Federation) -> None:
     entry = epochs.collect_credit(desk.courier, task, federation.members, desk.settings.score_timeout_s)
     desk.ledger.append_once(("credit", desk.run, epoch), entry, desk.now())
     _tell(desk.observer, partial(desk.observer.epoch_closed, entry))
-    _cosign(desk)
+    _sit(desk)
 
 
 def _show_ledger(desk: _Desk) -> None:
     """Bring every node's copy of the ledger up to date: it trains and scores only what it finds there."""
-    if desk.federation().charter.founded:
-        _cosign(desk)
+    if desk.ledger.charter().founded:
+        _sit(desk)
 
 
-def _cosign(desk: _Desk) -> tuple[str, ...]:
-    return epochs.gather_cosignatures(
-        desk.courier,
-        desk.ledger,
-        desk.federation().members,
-        federation=desk.settings.federation,
-        timeout_s=desk.settings.cosign_timeout_s,
-        witness_sizes=desk.witness_sizes,
-    )
+def _sit(desk: _Desk, *, attest: bool = False) -> tuple[str, ...]:
+    """Hold a sitting of the members; returns who cosigned."""
+    sitting = sit(desk.table, desk.now(), attest=attest)
+    if sitting.champion is not None:
+        _tell(desk.observer, partial(desk.observer.champion_decided, sitting.champion))
+    return sitting.cosigned_by
 
 
 def _publish(
@@ -314,7 +316,7 @@ def _publish(
         epsilon_by_node=epsilon_by_node,
     )
     desk.ledger.append_once(("model", desk.run), entry, desk.now())
-    cosigned_by = _cosign(desk)
+    cosigned_by = _sit(desk, attest=True)
     credited = desk.federation().credits
     return FederationResult(
         run=desk.run,

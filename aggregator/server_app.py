@@ -56,6 +56,11 @@ class LogObserver:
         _log.info("epoch %d: micro-credits %s, unpaid %d", credit.epoch, lines, credit.unpaid_micro_credits)
         self._recorder.epoch_closed(credit)
 
+    def champion_decided(self, model_hash: str) -> None:
+        """Log which model every node serves, and let MLflow's alias follow."""
+        _log.info("champion: %s", model_hash)
+        self._recorder.champion_decided(model_hash)
+
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
@@ -90,6 +95,7 @@ def run_folder(grid: Grid, folder: AggregatorFolder, observer: Observer) -> Fede
                 ledger=ledger,
                 state=state,
                 observer=observer,
+                released=folder.released,
             )
         finally:
             ledger.close()

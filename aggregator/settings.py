@@ -6,6 +6,7 @@ Layout:
     keys/aggregator.ed25519  signing key of the ledger (mode 0600)
     ledger.db                the credit ledger
     state/                   checkpoints (aggregator.state)
+    released/                released models (aggregator.release)
 """
 
 from __future__ import annotations
@@ -62,6 +63,11 @@ class AggregatorFolder:
     def state(self) -> Path:
         """Folder of the checkpoints."""
         return self.path / "state"
+
+    @property
+    def released(self) -> Path:
+        """Folder of the released models."""
+        return self.path / "released"
 
     @property
     def plan_path(self) -> Path:

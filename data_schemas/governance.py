@@ -6,6 +6,7 @@ the proposal, so none can be used again elsewhere or later. Signatures are Ed255
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -16,6 +17,24 @@ from data_schemas.plan import PrivacyUnit, TrainingPlan
 Hex32 = str
 NodeName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
 Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class StatementCode(StrEnum):
+    """Why a proposal, vote, attestation or decision does not come into the log."""
+
+    NOT_FOUNDED = "not-founded"
+    OTHER_FEDERATION = "other-federation"
+    OTHER_MEMBERS = "other-members"
+    NOT_A_MEMBER = "not-a-member"
+    BAD_SIGNATURE = "bad-signature"
+    MADE_BEFORE = "made-before"
+    EXPIRED = "expired"
+    NO_EFFECT = "no-effect"
+    NO_SUCH_PROPOSAL = "no-such-proposal"
+    VOTED_BEFORE = "voted-before"
+    MAY_NOT_VOTE = "may-not-vote"
+    NOT_DECIDED = "not-decided"
+    ATTESTS_LESS = "attests-less"
 
 
 class PrivacyPolicy(Frozen):
@@ -169,10 +188,14 @@ class DecisionEntry(Frozen):
 
 
 class Attestation(Frozen):
-    """What a member signs about its privacy budget book: the book's head and both cohorts' totals."""
+    """What a member signs about its privacy budget book: number of releases, the book's head, both cohorts' totals.
+
+    None of these ever falls, so an attestation cannot be used twice and an older copy of a book shows.
+    """
 
     federation: str
     node: NodeName
+    releases: int = Field(ge=0)
     budget_head: Hash
     epsilon_training: float = Field(ge=0)
     epsilon_heldout: float = Field(ge=0)
@@ -184,3 +207,7 @@ class AttestationEntry(Frozen):
     kind: Literal["attestation"] = "attestation"
     attestation: Attestation
     signature: str
+
+
+# What a member signs at home and the aggregator enters, or refuses with a code.
+Statement = Annotated[ProposalEntry | VoteEntry | AttestationEntry, Field(discriminator="kind")]

@@ -13,6 +13,7 @@ from pydantic import Field
 
 from data_schemas.canonical import content_hash
 from data_schemas.frozen import Frozen
+from data_schemas.governance import Statement, StatementCode
 from data_schemas.plan import PrivacyEvent, PrivacyUnit, TrainingPlan
 
 Hex32 = str  # 64 lower-case hex digits: a SHA-256 or an Ed25519 public key
@@ -188,6 +189,8 @@ class CosignTask(Frozen):
     """Ask a witness to cosign a checkpoint that extends the one it last cosigned (RFC 6962 section 2.1.2).
 
     `entries`: the canonical text of the entries from old_size on, for a node that keeps its own copy of the ledger.
+    `refused`: statements of this node that did not come into the log, by content hash. `attest`: a run has ended, and
+    the node is asked to attest its budget book.
     """
 
     federation: str
@@ -195,6 +198,8 @@ class CosignTask(Frozen):
     old_size: int
     consistency_proof: tuple[Hex32, ...]
     entries: tuple[str, ...] | None = None
+    refused: dict[Hex32, StatementCode] = Field(default_factory=dict)
+    attest: bool = False
 
 
 class WitnessState(Frozen):
@@ -205,7 +210,23 @@ class WitnessState(Frozen):
 
 
 class Cosigned(Frozen):
-    """Reply to CosignTask: one C2SP cosignature line."""
+    """Reply to CosignTask: one C2SP cosignature line, what the hospital has signed for the log, the model it serves."""
 
     kind: Literal["cosigned"] = "cosigned"
     cosignature: str
+    statements: tuple[Statement, ...] = ()
+    champion: Hex32 | None = None
+
+
+class ModelTask(Frozen):
+    """Hands over the champion that the members decided. Array: weights float32[D]. card: canonical JSON of its card."""
+
+    federation: str
+    card: str
+
+
+class Installed(Frozen):
+    """Reply to ModelTask: the model that the node's endpoint serves from now on."""
+
+    kind: Literal["installed"] = "installed"
+    model_hash: Hex32

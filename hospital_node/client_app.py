@@ -25,6 +25,7 @@ from data_schemas.messages import (
     CosignTask,
     Hello,
     HelloTask,
+    ModelTask,
     Refusal,
     RefusalCode,
     ReleaseTask,
@@ -65,7 +66,7 @@ def evaluate(message: Message, context: Context) -> Message:
 @app.query("hello")
 def hello(message: Message, context: Context) -> Message:
     """HelloTask -> Hello or Refusal."""
-    return _reply(message, context, _hello)
+    return _reply(message, context, _hello, sitting=True)
 
 
 @app.query("score")
@@ -83,20 +84,26 @@ def release(message: Message, context: Context) -> Message:
 @app.query("cosign")
 def cosign(message: Message, context: Context) -> Message:
     """CosignTask -> Cosigned, WitnessState or Refusal."""
-    return _reply(message, context, _cosign)
+    return _reply(message, context, _cosign, sitting=True)
 
 
-def _reply(message: Message, context: Context, handle: Handler) -> Message:
-    body, arrays = _answer(message, context, handle)
+@app.query("model")
+def model(message: Message, context: Context) -> Message:
+    """ModelTask with array `weights` float32[D] -> Installed or Refusal."""
+    return _reply(message, context, _model, sitting=True)
+
+
+def _reply(message: Message, context: Context, handle: Handler, *, sitting: bool = False) -> Message:
+    body, arrays = _answer(message, context, handle, sitting=sitting)
     return Message(content=to_record(body, arrays), reply_to=message)
 
 
-def _answer(message: Message, context: Context, handle: Handler) -> Answer:
+def _answer(message: Message, context: Context, handle: Handler, *, sitting: bool) -> Answer:
     """Answer, or turn whatever went wrong into a code; the node's own log says where. The node's one broad except."""
     home = _home(context)
     try:
         body, arrays = _content(message)
-        with NodeFolder.open(home) as node:
+        with NodeFolder.open(home, sitting=sitting) as node:
             return handle(node, body, arrays)
     except _Malformed:
         return Refusal(code=RefusalCode.MALFORMED_TASK), {}
@@ -173,6 +180,12 @@ def _cosign(node: NodeFolder, body: bytes, _arrays: Arrays) -> Answer:
     from hospital_node import witness
 
     return witness.cosign(node, _parsed(CosignTask, body), int(time.time())), {}
+
+
+def _model(node: NodeFolder, body: bytes, arrays: Arrays) -> Answer:
+    from hospital_node import champion
+
+    return champion.install(node, _parsed(ModelTask, body), _array(arrays, "weights", 1)), {}
 
 
 def _log(home: Path, error: Exception) -> None:

@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from starlette.exceptions import HTTPException
 from data_schemas.errors import BadInput, StorageFailed
 from data_schemas.frozen import Frozen
 from data_schemas.units import RESEARCH_LABEL
+from hospital_node import champion
 from hospital_node.access import Guard
 from hospital_node.audit_log import AuditLog
 from hospital_node.exchange_routes import add_fhir_routes, add_nightscout_routes
@@ -72,20 +74,23 @@ class Running:
 
 def create_app(
     node_home: Path,
-    model_folder: Path,
+    model_folder: Path | None = None,
     clock: Callable[[], float] = time.time,
     limit: RateLimit = RateLimit(),  # noqa: B008 a frozen value
 ) -> FastAPI:
     """Make the endpoint's ASGI application. clock: UTC epoch seconds; limit: requests of one caller.
 
-    While model_folder is absent it answers 503; a folder that is no sound model folder raises BadInput or Tampered.
+    model_folder: for a node that follows no ledger; one that does serves the champion that the members decided. While
+    there is none the answer is 503; a folder that is not sound, or was not decided, raises BadInput or CheckFailed.
     """
     if not (node_home / "node.toml").exists():
         raise BadInput(f"{node_home} is not a node folder", "make one with `islet node init`")
     services = Services(
         home=node_home,
-        served=ServedModel(model_folder),
         published=PublishedModels(node_home),
+        served=ServedModel(
+            champion.folder_to_serve(node_home, model_folder), decided=partial(champion.is_champion, node_home)
+        ),
         held=HeldReadings(node_home / "store"),
         guard=Guard(node_home, clock, limit),
         audit=AuditLog(node_home / "reports" / "access.jsonl"),
@@ -117,7 +122,7 @@ def create_app(
 
 def serve(
     node_home: Path,
-    model_folder: Path,
+    model_folder: Path | None = None,
     host: str = "127.0.0.1",
     port: int = 8080,
     ready: Callable[[Running], None] | None = None,

@@ -2,14 +2,20 @@
 
 node.toml            settings (hospital_node.settings)
 keys/node.ed25519    identity; signs every update and release          0600
+keys/next.ed25519    the identity that the members are asked to accept (hospital_node.identity)
+keys/book.ed25519    the first identity, once there is another: the budget book stays under it
 keys/pseudonym.key   keys the pseudonyms and the training/held-out split  0600
 store/               readings
 budget.db, budget.head   the privacy budget book (hospital_node.budget)
 scores.db            per-patient Shapley sums; never leaves
 witness.json         the ledger checkpoint last cosigned
+ledger.jsonl         the node's copy of the ledger (hospital_node.ledger_view)
+outbox/              what the hospital has signed for the ledger (hospital_node.statements)
+models/, model       champions by hash, and a link to the one that is served (hospital_node.champion)
 reports/             quality reports and node.log
 link/                how it reaches the federation (hospital_node.link)
 lock                 held while a process uses the folder; contains its pid
+sitting.lock         held while the ledger is shown: that goes on during a round or an import
 """
 
 from __future__ import annotations
@@ -34,6 +40,8 @@ from pipeline.signing import PrivateKey, write_durably
 if TYPE_CHECKING:
     from hospital_node.budget import BudgetBook
 
+# A sitting's part is held for moments only; two that meet wait for each other.
+_SITTING_SECONDS = 10.0
 _OWN_NAMES = frozenset(
     {"keys", "store", "reports", "lock", "budget.db", "budget.head", "budget.db-journal", "lost+found"}
 )
@@ -41,10 +49,14 @@ _OWN_NAMES = frozenset(
 
 @dataclass(frozen=True)
 class NodeFolder:
-    """An open node folder. Get one from `NodeFolder.open`; it is valid inside that `with` block only."""
+    """An open node folder. Get one from `NodeFolder.open`; it is valid inside that `with` block only.
+
+    sitting: only what a sitting of the members needs is locked: ledger copy, witness, outbox, models.
+    """
 
     path: Path
     settings: NodeSettings
+    sitting: bool = False
 
     @property
     def node_key_file(self) -> Path:
@@ -96,6 +108,12 @@ class NodeFolder:
         """The node's identity. Raises BadInput when the key file is missing or damaged."""
         return PrivateKey.load(self.node_key_file)
 
+    @property
+    def book_identity(self) -> PrivateKey:
+        """The identity that the budget book's key follows from: the node's first. Raises BadInput as `key` does."""
+        first = self.path / "keys" / "book.ed25519"
+        return PrivateKey.load(first) if first.exists() else self.key
+
     @cached_property
     def pseudonym_key(self) -> bytes:
         """The 32-byte key of the pseudonyms."""
@@ -110,11 +128,20 @@ class NodeFolder:
             raise BadInput(f"{self.pseudonym_key_file}: must hold 64 hex digits", "Restore it from your backup.")
         return key
 
+    @contextlib.contextmanager
+    def whole(self) -> Iterator[NodeFolder]:
+        """Return this folder with all of it locked. Raises NodeBusy during a round or an import of another process."""
+        if not self.sitting:
+            yield self
+            return
+        with NodeFolder.open(self.path) as node:
+            yield node
+
     def budget(self) -> BudgetBook:
-        """Open the budget book, verified. Raises Tampered."""
+        """Open the budget book, verified, under the whole folder's lock. Raises Tampered."""
         from hospital_node.budget import BudgetBook, book_key
 
-        return BudgetBook(self.budget_db, book_key(self.key))
+        return BudgetBook(self.budget_db, book_key(self.book_identity))
 
     @staticmethod
     def create(path: Path, settings: NodeSettings) -> None:
@@ -142,18 +169,18 @@ class NodeFolder:
 
     @staticmethod
     @contextlib.contextmanager
-    def open(path: Path) -> Iterator[NodeFolder]:
-        """Open a node folder under its lock.
+    def open(path: Path, *, sitting: bool = False) -> Iterator[NodeFolder]:
+        """Open a node folder under its lock, or under the one for sittings.
 
         Raises NodeBusy, with the holder's pid, when it is in use, and BadInput when it is not a node folder. The lock
         belongs to the open file, so two threads of one process exclude each other too; different nodes do not meet.
         """
         if not (path / "node.toml").exists():
             raise BadInput(f"{path} is not a node folder", "Make one with `islet node init`.")
-        descriptor = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        descriptor = os.open(path / ("sitting.lock" if sitting else "lock"), os.O_RDWR | os.O_CREAT, 0o600)
         try:
-            _take_lock(descriptor, path)
-            yield NodeFolder(path, read_settings(path / "node.toml"))
+            _take_lock(descriptor, path, _SITTING_SECONDS if sitting else 0.0)
+            yield NodeFolder(path, read_settings(path / "node.toml"), sitting)
         finally:
             os.close(descriptor)
 
@@ -174,14 +201,20 @@ def _seeded(node: NodeFolder, purpose: str) -> bytes:
     return hashlib.sha256(canonical_bytes(value)).digest()
 
 
-def _take_lock(descriptor: int, path: Path) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        holder = _holder(descriptor)
-        raise NodeBusy(
-            f"{path} is in use by process {holder}", "Wait for it to finish, or stop that process."
-        ) from error
+def _take_lock(descriptor: int, path: Path, patience_s: float) -> None:
+    end = time.monotonic() + patience_s
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError as error:
+            if time.monotonic() < end:
+                time.sleep(0.05)
+                continue
+            holder = _holder(descriptor)
+            raise NodeBusy(
+                f"{path} is in use by process {holder}", "Wait for it to finish, or stop that process."
+            ) from error
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
 

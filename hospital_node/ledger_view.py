@@ -14,7 +14,7 @@ import os
 from pydantic import ValidationError
 
 from data_schemas.canonical import canonical_bytes, content_hash
-from data_schemas.errors import StorageFailed, Tampered
+from data_schemas.errors import BadInput, StorageFailed, Tampered
 from data_schemas.ledger import LedgerEntry, RoundEntry
 from data_schemas.messages import RefusalCode, ReleaseTask, ScoreTask, TrainTask
 from data_schemas.plan import TrainingPlan
@@ -61,6 +61,15 @@ def charter_of(held: tuple[bytes, ...], public_key: str, new: tuple[bytes, ...] 
     return replay.charter
 
 
+def decided(node: NodeFolder) -> Charter:
+    """Replay the node's copy. Raises Tampered; BadInput for a node that follows no ledger."""
+    if node.settings.aggregator_public_key is None:
+        raise BadInput(
+            "this node follows no ledger", "make it with the aggregator's key: `islet node init --aggregator-key`"
+        )
+    return charter_of(payloads(node), node.settings.aggregator_public_key)
+
+
 def extend(
     node: NodeFolder, seen: Checkpoint, new: Checkpoint, old_size: int, entries: tuple[str, ...]
 ) -> RefusalCode | None:
@@ -81,7 +90,7 @@ def extend(
         charter_of(held, str(node.settings.aggregator_public_key), new_lines)
     except Tampered:
         return RefusalCode.LEDGER_BREAKS_RULES
-    if (wrong := own_rounds.fault(node, _rounds(new_lines))) is not None:
+    if (rounds := _rounds(new_lines)) and (wrong := _own_fault(node, rounds)) is not None:
         _raise_alarm(node, *wrong)
         return RefusalCode.ALARM
     if entries:
@@ -92,6 +101,12 @@ def extend(
 def _rounds(lines: tuple[bytes, ...]) -> list[RoundEntry]:
     entries = (LedgerEntry.model_validate_json(line).entry for line in lines)
     return [entry for entry in entries if isinstance(entry, RoundEntry)]
+
+
+def _own_fault(node: NodeFolder, rounds: list[RoundEntry]) -> tuple[RoundEntry, str] | None:
+    """Hold rounds against the budget book, which a round of this node may be writing: NodeBusy, and later again."""
+    with node.whole() as whole:
+        return own_rounds.fault(whole, rounds)
 
 
 def check_training(node: NodeFolder, task: TrainTask) -> None:
@@ -108,7 +123,7 @@ def check_decided(node: NodeFolder, task: TrainTask | ReleaseTask) -> Charter | 
     require(alarm(node) is None, RefusalCode.ALARM)
     if node.settings.aggregator_public_key is None:
         return None
-    charter = charter_of(payloads(node), node.settings.aggregator_public_key)
+    charter = decided(node)
     require(charter.founded and charter.federation == task.federation, RefusalCode.NOT_FOUNDED)
     require(not charter.paused, RefusalCode.FEDERATION_PAUSED)
     own = charter.members.get(node.settings.name)

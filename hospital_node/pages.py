@@ -17,15 +17,15 @@ from data_schemas.errors import IsletError
 from data_schemas.forecast import Forecast, GlucoseUnit, NoForecast
 from data_schemas.units import DELTA, RESEARCH_LABEL
 from hospital_node import charts
-from hospital_node.budget import COHORTS, MOST_ROUNDS, BudgetBook, Cohort, book_key
+from hospital_node.budget import COHORTS, MOST_ROUNDS, BudgetBook, Cohort
+from hospital_node.folder import NodeFolder
 from hospital_node.held_readings import HeldReadings
 from hospital_node.problems import NO_FORECAST
 from hospital_node.profile import ENOUGH_SHARE, Profile, profile
-from hospital_node.settings import NodeSettings
+from hospital_node.settings import NodeSettings, read_settings
 from pipeline.export import LoadedModel
 from pipeline.forecasting import Float32, Int64
 from pipeline.model_card import privacy_statement
-from pipeline.signing import PrivateKey
 
 HERE = Path(__file__).parent
 MOST_PATIENTS = 200
@@ -212,7 +212,7 @@ def _profile_values(found: Profile, units: GlucoseUnit) -> dict[str, Any]:
 def _book(home: Path) -> BudgetBook | None:
     """The budget book, or None while it cannot be read whole: a round may be writing its next row."""
     try:
-        return BudgetBook(home / "budget.db", book_key(PrivateKey.load(home / "keys" / "node.ed25519")))
+        return NodeFolder(home, read_settings(home / "node.toml")).budget()
     except IsletError:
         return None
 

@@ -2,7 +2,8 @@
 
 The model folder is watched through its manifest: another inode, time or size is another model. It is verified and
 loaded beside the one that answers, then takes its place in one assignment; a request keeps the model it began with.
-A folder that does not verify changes nothing: the old model goes on and the refusal is counted.
+A folder that does not verify, or that nobody decided to serve, changes nothing: the old model goes on and the refusal
+is counted.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from data_schemas.errors import IsletError
+from data_schemas.errors import CheckFailed, IsletError
 from data_schemas.forecast import NoForecast
 from hospital_node.problems import Declined
 from pipeline.export import MANIFEST, LoadedModel, load_model
@@ -24,8 +25,14 @@ _Version = tuple[int, int, int]
 class ServedModel:
     """The model in one folder, read as soon as it is there and again when it is replaced. Safe between threads."""
 
-    def __init__(self, folder: Path, tick: Callable[[], float] = time.monotonic) -> None:
-        self._folder, self._tick = folder, tick
+    def __init__(
+        self,
+        folder: Path,
+        tick: Callable[[], float] = time.monotonic,
+        decided: Callable[[str], bool] = lambda _model_hash: True,
+    ) -> None:
+        """Watch a folder. decided: whether a model of this hash may be served; asked before each model takes over."""
+        self._folder, self._tick, self._decided = folder, tick, decided
         self._lock = threading.Lock()
         self._model: LoadedModel | None = None
         self._version: _Version | None = None
@@ -35,7 +42,7 @@ class ServedModel:
         self.refused = 0
 
     def find(self) -> LoadedModel | None:
-        """Return the model, or None while there is none. Raises BadInput or Tampered for a wrong first folder.
+        """Return the model, or None while there is none. Raises BadInput or CheckFailed for a wrong first folder.
 
         Looks at the folder once a second; a newer model is loaded in a thread of its own and nobody waits for it.
         """
@@ -62,7 +69,7 @@ class ServedModel:
             if version is None:
                 return False
             try:
-                self._model = load_model(self._folder.resolve())
+                self._model = self._load()
             except IsletError:
                 self.refused += 1
                 self._refused_version = version
@@ -74,8 +81,18 @@ class ServedModel:
         with self._lock:
             if self._model is None and self._folder.exists():
                 version = _version(self._folder)
-                self._model, self._version = load_model(self._folder.resolve()), version
+                self._model, self._version = self._load(), version
             return self._model
+
+    def _load(self) -> LoadedModel:
+        """Return the folder's model, verified and decided. Raises BadInput, Tampered, CheckFailed."""
+        model = load_model(self._folder.resolve())
+        if not self._decided(model.model_hash):
+            raise CheckFailed(
+                f"the members have not decided to serve the model {model.model_hash[:12]}",
+                "propose it: `islet federation propose`, action promote",
+            )
+        return model
 
     def _newer(self) -> _Version | None:
         version = _version(self._folder)

@@ -7,16 +7,19 @@ shown to each other, so an aggregator that wants to rewrite the log needs every 
 from __future__ import annotations
 
 import json
+from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from data_schemas.canonical import canonical_bytes
-from data_schemas.errors import BadInput, CheckFailed, StorageFailed, Tampered
+from data_schemas.errors import BadInput, CheckFailed, NodeBusy, StorageFailed, Tampered
 from data_schemas.frozen import Frozen
 from data_schemas.messages import Cosigned, CosignTask, Refusal, RefusalCode, WitnessState
-from hospital_node import ledger_view
+from hospital_node import champion, ledger_view, statements
 from hospital_node.folder import NodeFolder
+from hospital_node.identity import identity_of
 from pipeline import checkpoint
 from pipeline.checkpoint import Checkpoint
 from pipeline.signing import write_durably
@@ -57,7 +60,24 @@ def cosign(node: NodeFolder, task: CosignTask, at_unix: int) -> Cosigned | Witne
     elif not checkpoint.extends(seen, new, task.consistency_proof):
         return Refusal(code=RefusalCode.LEDGER_FORK)
     _remember(node, new, task.checkpoint)
-    return Cosigned(cosignature=checkpoint.cosign(new, node.key, node.settings.name, at_unix))
+    if task.entries is None:
+        return Cosigned(cosignature=checkpoint.cosign(new, node.key, node.settings.name, at_unix))
+    return _answer(node, task, new, at_unix)
+
+
+def _answer(node: NodeFolder, task: CosignTask, new: Checkpoint, at_unix: int) -> Cosigned:
+    """Follow the decisions, cosign, settle the outbox, and hand over what the hospital has signed since."""
+    charter = ledger_view.decided(node)
+    key = identity_of(node, charter)
+    statements.settle(node, [entry.encode() for entry in task.entries or ()], task.refused)
+    if task.attest:
+        with suppress(NodeBusy, CheckFailed):  # a round is at work, or this hospital is no member: next time
+            statements.attest(node, charter, datetime.fromtimestamp(at_unix, UTC))
+    return Cosigned(
+        cosignature=checkpoint.cosign(new, key, node.settings.name, at_unix),
+        statements=statements.waiting(node),
+        champion=champion.follow(node, charter),
+    )
 
 
 def last_seen(node: NodeFolder) -> Checkpoint | None:

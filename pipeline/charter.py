@@ -8,12 +8,14 @@ were made under: when somebody joins, leaves or changes a key, open proposals la
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, fields
 from datetime import datetime
 
 from data_schemas.canonical import canonical_bytes, content_hash
 from data_schemas.governance import (
     Admit,
+    Attestation,
     AttestationEntry,
     CreditPolicy,
     DecisionEntry,
@@ -28,16 +30,24 @@ from data_schemas.governance import (
     RotateKey,
     SetCredit,
     SetPrivacy,
+    StatementCode,
     VoteEntry,
 )
 from data_schemas.ledger import Entry, LedgerEntry, MemberEntry, ModelEntry, PlanEntry, RoundEntry
 from data_schemas.plan import TrainingPlan
 from pipeline.signing import verify
 
+Code = StatementCode
+_ROUNDING = 1e-9
+
 
 @dataclass
 class Charter:
-    """The state so far; `take` adds the next entry. keys: every key a hospital ever had. champions: newest last."""
+    """The state so far; `take` adds the next entry.
+
+    keys: every key a hospital ever had. champions: newest last. attested: each hospital's newest attestation. spent:
+    the largest training epsilon that its admitted updates told.
+    """
 
     federation: str | None = None
     privacy: PrivacyPolicy | None = None
@@ -49,9 +59,11 @@ class Charter:
     decided: dict[str, bool] = field(default_factory=dict)
     plans: dict[str, str] = field(default_factory=dict)
     rounds: dict[tuple[str, int], RoundEntry] = field(default_factory=dict)
-    models: set[str] = field(default_factory=set)
+    models: dict[str, ModelEntry] = field(default_factory=dict)
     champions: list[str] = field(default_factory=list)
     paused: bool = False
+    attested: dict[str, Attestation] = field(default_factory=dict)
+    spent: dict[str, float] = field(default_factory=dict)
 
     @property
     def founded(self) -> bool:
@@ -89,6 +101,16 @@ class Charter:
             possible = 2 * no < may
         return True if enough else (None if possible and not expired else False)
 
+    @property
+    def champion(self) -> str | None:
+        """Hash of the model that the members decided to serve."""
+        return self.champions[-1] if self.champions else None
+
+    def copy(self) -> Charter:
+        """Return a copy for a trial: taking entries in there changes nothing here."""
+        fresh = {item.name: copy(getattr(self, item.name)) for item in fields(self)}
+        return Charter(**{**fresh, "votes": {name: dict(cast) for name, cast in self.votes.items()}})
+
     def take(self, line: LedgerEntry) -> str:
         """Take the next entry in, or say what is wrong with it and leave the state as it was."""
         return take(self, line.entry, line.recorded_at)
@@ -104,8 +126,13 @@ def run_name(federation: str, plan: TrainingPlan, start_model_hash: str) -> str:
     return f"{plan.name}-{content_hash(what)[:12]}"
 
 
+def code_of(fault: str) -> StatementCode:
+    """Code that a fault of `take` begins with."""
+    return StatementCode(fault.partition(":")[0])
+
+
 def take(charter: Charter, entry: Entry, at: str) -> str:  # noqa: PLR0911
-    """Say what is wrong with an entry; empty when nothing is, and then the charter has taken it in."""
+    """Say what is wrong with an entry, code first; empty when nothing is, and then the charter has taken it in."""
     match entry:
         case MemberEntry():
             return _member(charter, entry)
@@ -118,13 +145,16 @@ def take(charter: Charter, entry: Entry, at: str) -> str:  # noqa: PLR0911
         case DecisionEntry():
             return _decision(charter, entry, at)
         case AttestationEntry():
-            return _signed_by_member(charter, entry.attestation.node, entry.attestation, entry.signature)
+            return _attestation(charter, entry)
         case PlanEntry():
             charter.plans.setdefault(entry.run, entry.plan_hash)
         case RoundEntry():
             charter.rounds[entry.run, entry.round] = entry
+            for manifest in (signed.manifest for signed in entry.admitted):
+                told = manifest.spend.epsilon_after
+                charter.spent[manifest.node] = max(told, charter.spent.get(manifest.node, 0.0))
         case ModelEntry():
-            charter.models.add(entry.model_hash)
+            charter.models[entry.model_hash] = entry
         case _:
             pass
     return ""
@@ -133,9 +163,9 @@ def take(charter: Charter, entry: Entry, at: str) -> str:  # noqa: PLR0911
 def _member(charter: Charter, entry: MemberEntry) -> str:
     known = charter.members.get(entry.node)
     if known is None and charter.founded and (charter.plans or charter.decided):
-        return f"{entry.node} joins without a vote"
+        return f"{Code.NOT_DECIDED}: {entry.node} joins without a vote"
     if known is not None and known.public_key != entry.public_key:
-        return f"{entry.node} is a member with another key"
+        return f"{Code.NOT_DECIDED}: {entry.node} is a member with another key"
     _enter(charter, entry)
     return ""
 
@@ -149,21 +179,23 @@ def _enter(charter: Charter, member: MemberEntry) -> None:
 
 def _founding(charter: Charter, entry: FoundingEntry) -> str:
     if charter.founded:
-        return "the federation was founded before"
+        return f"{Code.MADE_BEFORE}: the federation was founded before"
     charter.federation, charter.privacy, charter.credit = entry.federation, entry.privacy, entry.credit
     return ""
 
 
 def _proposal(charter: Charter, entry: ProposalEntry, at: str) -> str:
     proposal, name = entry.proposal, content_hash(entry.proposal)
-    if not charter.founded or proposal.federation != charter.federation:
-        return "it is made for another federation"
-    if proposal.member_set != charter.member_set:
-        return "it is made for other members"
+    if not charter.founded:
+        return f"{Code.NOT_FOUNDED}: there is no federation yet"
+    if proposal.federation != charter.federation:
+        return f"{Code.OTHER_FEDERATION}: it is made for another federation"
     if name in charter.open or name in charter.decided:
-        return "it was made before"
+        return f"{Code.MADE_BEFORE}: it was made before"
+    if proposal.member_set != charter.member_set:
+        return f"{Code.OTHER_MEMBERS}: it is made for other members"
     if not _is_moment(proposal.expires_at) or _moment(proposal.expires_at) <= _moment(at):
-        return "it has expired"
+        return f"{Code.EXPIRED}: it has expired"
     wrong = _signed_by_member(charter, proposal.proposed_by, proposal, entry.signature) or _senseless(charter, proposal)
     if not wrong:
         charter.open[name], charter.votes[name] = proposal, {}
@@ -172,17 +204,19 @@ def _proposal(charter: Charter, entry: ProposalEntry, at: str) -> str:
 
 def _senseless(charter: Charter, proposal: Proposal) -> str:
     """Say why a proposal could not take effect."""
-    action, members = proposal.action, charter.members
+    action, members, none = proposal.action, charter.members, Code.NO_EFFECT
+    taken = {key for known in charter.keys.values() for key in known}
     match action:
         case Admit():
-            keys = {key for known in charter.keys.values() for key in known}
-            return "name or key is taken" if action.node in members or action.public_key in keys else ""
+            return f"{none}: name or key is taken" if action.node in members or action.public_key in taken else ""
+        case RotateKey() if action.public_key in taken:
+            return f"{none}: the key is taken"
         case Remove() | RotateKey():
-            return "" if action.node in members else f"{action.node} is not a member"
+            return "" if action.node in members else f"{none}: {action.node} is not a member"
         case Promote():
-            return "" if action.model_hash in charter.models else "the model is not in the ledger"
+            return "" if action.model_hash in charter.models else f"{none}: the model is not in the ledger"
         case RollBack():
-            return "" if action.model_hash in charter.champions else "the model was never the champion"
+            return "" if action.model_hash in charter.champions else f"{none}: the model was never the champion"
         case _:
             return ""
 
@@ -191,18 +225,18 @@ def _vote(charter: Charter, entry: VoteEntry, at: str) -> str:
     vote = entry.vote
     proposal = charter.open.get(vote.proposal_hash)
     if proposal is None:
-        return "there is no such open proposal"
+        return f"{Code.NO_SUCH_PROPOSAL}: there is no such open proposal"
     if vote.federation != charter.federation:
-        return "it is made for another federation"
+        return f"{Code.OTHER_FEDERATION}: it is made for another federation"
     if {vote.member_set, proposal.member_set} != {charter.member_set}:
-        return "it is made for other members"
+        return f"{Code.OTHER_MEMBERS}: it is made for other members"
     if _moment(at) > _moment(proposal.expires_at):
-        return "the proposal has expired"
+        return f"{Code.EXPIRED}: the proposal has expired"
     if vote.node in charter.votes[vote.proposal_hash]:
-        return f"{vote.node} has voted before"
+        return f"{Code.VOTED_BEFORE}: {vote.node} has voted before"
     wrong = _signed_by_member(charter, vote.node, vote, entry.signature)
     if not wrong and vote.node not in charter.voters(proposal):
-        wrong = f"{vote.node} is the subject and does not vote"
+        wrong = f"{Code.MAY_NOT_VOTE}: {vote.node} is the subject and does not vote"
     if not wrong:
         charter.votes[vote.proposal_hash][vote.node] = vote.approve
     return wrong
@@ -210,9 +244,9 @@ def _vote(charter: Charter, entry: VoteEntry, at: str) -> str:
 
 def _decision(charter: Charter, entry: DecisionEntry, at: str) -> str:
     if entry.proposal_hash not in charter.open:
-        return "there is no such open proposal"
+        return f"{Code.NO_SUCH_PROPOSAL}: there is no such open proposal"
     if charter.outcome(entry.proposal_hash, at) is not entry.accepted:
-        return "it does not follow from the votes"
+        return f"{Code.NOT_DECIDED}: it does not follow from the votes"
     proposal = charter.open.pop(entry.proposal_hash)
     charter.decided[entry.proposal_hash] = entry.accepted
     if entry.accepted:
@@ -239,11 +273,29 @@ def _apply(charter: Charter, proposal: Proposal) -> None:
             charter.paused = pause.paused
 
 
+def _attestation(charter: Charter, entry: AttestationEntry) -> str:
+    said = entry.attestation
+    if said.federation != charter.federation:
+        return f"{Code.OTHER_FEDERATION}: it is made for another federation"
+    if wrong := _signed_by_member(charter, said.node, said, entry.signature):
+        return wrong
+    before = charter.attested.get(said.node)
+    if before is not None and said.releases <= before.releases:
+        return f"{Code.MADE_BEFORE}: {said.node} has attested so many releases before"
+    heldout = 0.0 if before is None else before.epsilon_heldout
+    least = max(charter.spent.get(said.node, 0.0), 0.0 if before is None else before.epsilon_training)
+    if said.epsilon_training < least - _ROUNDING or said.epsilon_heldout < heldout - _ROUNDING:
+        return f"{Code.ATTESTS_LESS}: {said.node} attests less than its own signed messages told"
+    charter.attested[said.node] = said
+    return ""
+
+
 def _signed_by_member(charter: Charter, node: str, value: object, signature: str) -> str:
     member = charter.members.get(node)
     if member is None:
-        return f"{node} is not a member"
-    return "" if verify(member.public_key, canonical_bytes(value), signature) else f"the signature of {node} is wrong"
+        return f"{Code.NOT_A_MEMBER}: {node} is not a member"
+    good = verify(member.public_key, canonical_bytes(value), signature)
+    return "" if good else f"{Code.BAD_SIGNATURE}: the signature of {node} is wrong"
 
 
 def _is_moment(text: str) -> bool:

@@ -97,6 +97,7 @@ def node_status(path: NodePath) -> None:
     """Show who the node is, what it holds and what its patients have spent."""
     from hospital_node.folder import NodeFolder
     from hospital_node.ledger_view import alarm
+    from hospital_node.statements import refused
     from hospital_node.store import Store
 
     with NodeFolder.open(path) as home:
@@ -106,6 +107,8 @@ def node_status(path: NodePath) -> None:
         say(f"store       {counts.readings:,} readings of {counts.patients:,} patients")
         say(f"declared    {home.settings.declared_training_patients} training, "
             f"{home.settings.declared_heldout_patients} held-out patients")  # fmt: skip
+        for name, code in refused(home):
+            say(f"refused     {name}: {code}")
         if (raised := alarm(home)) is not None:
             say(f"ALARM       {raised}; this node trains no further")
         for cohort, ceiling in _ceilings(home).items():
@@ -158,11 +161,13 @@ def node_key(
 @node.command("serve")
 def node_serve(
     path: NodePath,
-    model: Annotated[Path, typer.Option(help="Folder of an exported model.")],
+    model: Annotated[
+        Path | None, typer.Option(help="Folder of an exported model; only for a node that follows no ledger.")
+    ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = 8080,
 ) -> None:
-    """Serve forecasts until stopped. Research use only."""
+    """Serve forecasts until stopped, from the model that the members decided. Research use only."""
     from hospital_node.endpoint import serve
 
     if not (path / "node.toml").exists():

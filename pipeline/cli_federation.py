@@ -1,20 +1,14 @@
-"""Commands about the federation's record: proofs and repair of the ledger; proposals, votes and their outcome."""
+"""Commands about the federation's record: proofs and repair of the ledger."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from data_schemas.errors import BadInput, CheckFailed, Tampered
-
-if TYPE_CHECKING:
-    from aggregator.ledger import Ledger
+from pipeline import cli_governance
 
 LedgerPath = Annotated[Path, typer.Argument(metavar="LEDGER", help="An aggregator's folder, or its ledger.db.")]
 Key = Annotated[str | None, typer.Option(help="The aggregator's public key; default: the one in its folder.")]
@@ -23,12 +17,9 @@ CheckpointFile = Annotated[
 ]
 
 
-federation = typer.Typer(no_args_is_help=True, help="What the members decide: propose, vote, status.")
-
-
 def register(app: typer.Typer, ledger: typer.Typer) -> None:
     """Add this module's commands to the command line."""
-    app.add_typer(federation, name="federation")
+    app.add_typer(cli_governance.federation, name="federation")
     for name, command in (("prove", ledger_prove), ("verify-proof", ledger_verify_proof), ("fsck", ledger_fsck)):
         ledger.command(name)(command)
 
@@ -125,106 +116,3 @@ def ledger_fsck(
     )
     if broken is not None:
         raise CheckFailed("the ledger was damaged", f"compare {rebuild_to} with the hospitals' checkpoints")
-
-
-# --- federation -------------------------------------------------------------------------------------------------
-
-NodePath = Annotated[Path, typer.Option("--node", help="Node folder of the hospital that signs.")]
-AggregatorPath = Annotated[Path, typer.Argument(metavar="AGGREGATOR", help="The aggregator's folder.")]
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-@federation.command("propose")
-def federation_propose(
-    path: AggregatorPath,
-    action: Annotated[
-        str,
-        typer.Argument(
-            metavar="ACTION",
-            help="admit, remove, rotate-key, privacy-policy, credit-policy, promote, roll-back or pause.",
-        ),
-    ],
-    node: NodePath,
-    values: Annotated[
-        str, typer.Option("--values", help="The action's fields as JSON; docs/governance.md has an example of each.")
-    ] = "{}",
-    days: Annotated[float, typer.Option(min=0.001, help="Days until the proposal expires.")] = 14.0,
-) -> None:
-    """Sign a proposal with the hospital's key and enter it into the ledger."""
-    from pydantic import ValidationError
-
-    from aggregator.governance import enter
-    from data_schemas.canonical import content_hash
-    from data_schemas.governance import Proposal, ProposalEntry
-    from hospital_node.folder import NodeFolder
-
-    with _open_ledger(path) as book, NodeFolder.open(node) as home:
-        expires = datetime.now(UTC) + timedelta(days=days)
-        try:
-            given = json.loads(values)
-            proposal = Proposal.model_validate(
-                {
-                    "federation": home.settings.federation,
-                    "action": {**given, "action": action},
-                    "proposed_by": home.settings.name,
-                    "member_set": book.charter().member_set,
-                    "expires_at": expires.isoformat(timespec="seconds"),
-                }
-            )
-        except (ValueError, TypeError, ValidationError) as error:
-            raise BadInput(f"{action} needs other values", "docs/governance.md has an example of each") from error
-        enter(book, ProposalEntry(proposal=proposal, signature=home.key.sign(proposal)), _now())
-        typer.echo(f"proposed {content_hash(proposal)[:12]}; the members vote with: islet federation vote")
-
-
-@federation.command("vote")
-def federation_vote(
-    path: AggregatorPath,
-    proposal: Annotated[str, typer.Argument(metavar="PROPOSAL", help="The proposal's hash, or how it begins.")],
-    node: NodePath,
-    approve: Annotated[bool, typer.Option("--yes/--no", help="For or against.")],
-) -> None:
-    """Sign a vote with the hospital's key and enter it; a proposal that is thereby settled is decided."""
-    from aggregator.governance import decide, enter
-    from data_schemas.governance import Vote, VoteEntry
-    from hospital_node.folder import NodeFolder
-
-    with _open_ledger(path) as book, NodeFolder.open(node) as home:
-        found = [name for name in book.charter().open if name.startswith(proposal)]
-        if len(found) != 1:
-            raise BadInput(f"{len(found)} open proposals begin with {proposal}", "see `islet federation status`")
-        vote = Vote(
-            federation=home.settings.federation,
-            proposal_hash=found[0],
-            node=home.settings.name,
-            member_set=book.charter().member_set,
-            approve=approve,
-        )
-        enter(book, VoteEntry(vote=vote, signature=home.key.sign(vote)), _now())
-        typer.echo(f"{home.settings.name} voted {'yes' if approve else 'no'} on {found[0][:12]}")
-        for made in decide(book, _now()):
-            typer.echo(f"decided {made.proposal_hash[:12]}: {'accepted' if made.accepted else 'rejected'}")
-
-
-@federation.command("status")
-def federation_status(path: AggregatorPath) -> None:
-    """Show members, policy, open proposals and decisions; proposals that have expired are decided first."""
-    from aggregator.governance import decide, render_status, replay
-
-    with _open_ledger(path) as book:
-        decide(book, _now())
-        typer.echo(render_status(replay(book.entries()), _now()))
-
-
-@contextmanager
-def _open_ledger(path: Path) -> Iterator[Ledger]:
-    from aggregator.settings import open_folder
-
-    book = open_folder(path).open_ledger()
-    try:
-        yield book
-    finally:
-        book.close()

@@ -316,6 +316,10 @@ class RunRecord:
         self.stage(f"credit, epoch {credit.epoch}: {shares}")
         self.recorder.epoch_closed(credit)
 
+    def champion_decided(self, model_hash: str) -> None:
+        """Let MLflow's alias follow the members' vote."""
+        self.recorder.champion_decided(model_hash)
+
     def curve(self) -> dict[str, dict[str, float]]:
         """RMSE at 30 minutes by round and hospital, as far as it was measured."""
         return dict(json.loads(self.curve_file.read_text())) if self.curve_file.exists() else {}

@@ -14,6 +14,7 @@ import numpy as np
 
 from data_schemas.errors import IsletError, StorageFailed
 from pipeline.comparison import COLUMNS, OURS, Cohort, Comparison, compare, fit_local, fit_pooled, margins, rows
+from pipeline.demo_votes import vote_champion
 from pipeline.report import (
     CreditRow,
     Illustration,
@@ -62,7 +63,9 @@ def finish(
     )
     pictures = _illustrations(cohorts, compared, record, result, nodes)
     _publish(out, record, result, results, pictures, stage)
-    stage(ask_endpoint(nodes[cohorts[0].name], out / "model", cohorts[0]))
+    sitting = vote_champion(folder, nodes, result.model_hash, Path.cwd())
+    stage(f"vote: {len(nodes)} hospitals made it the champion; {len(sitting.installed)} nodes serve it")
+    stage(ask_endpoint(nodes[cohorts[0].name], cohorts[0]))
     data = _report_data(folder, compared, intake, result, nodes, verified, pictures)
     write_report(data, out / "report.html")
     summary = _summary(out, data, compared, verified)
@@ -157,7 +160,7 @@ def _publish(
         stage(f"MLflow did not take the model, everything else is in {out}: {error.message}")
 
 
-def ask_endpoint(home: Path, model: Path, cohort: Cohort) -> str:
+def ask_endpoint(home: Path, cohort: Cohort) -> str:
     """Start the node's endpoint, ask it for a held-out patient's forecast as an app would, and stop it."""
     from hospital_node.api_keys import create_key, revoke_key
     from hospital_node.endpoint import Running, serve
@@ -173,7 +176,7 @@ def ask_endpoint(home: Path, model: Path, cohort: Cohort) -> str:
         running.append(server)
         up.set()
 
-    thread = threading.Thread(target=serve, args=(home, model, "127.0.0.1", 0, ready), daemon=True)
+    thread = threading.Thread(target=serve, args=(home, None, "127.0.0.1", 0, ready), daemon=True)
     thread.start()
     if not up.wait(30):
         raise StorageFailed("the forecast endpoint did not start within 30 s", "run `islet node serve` to see why")

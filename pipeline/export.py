@@ -16,6 +16,7 @@ import json
 import os
 import secrets
 import shutil
+import threading
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -42,6 +43,8 @@ OPSET = 17
 # ONNX and torch add up in a different order; float32 near 400 mg/dL resolves 3e-5.
 TOLERANCE_MG_DL = 1e-3
 _PROBE_BATCHES = (1, 7)
+# torch's exporter, like the list of warnings, belongs to the whole process.
+_EXPORTING = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +160,7 @@ def _to_onnx(weights: Float32, spec: ModelSpec) -> bytes:
     x, last = (torch.from_numpy(a) for a in _probe(spec, 2))
     buffer = io.BytesIO()
     # The exporter warns that it is the older one, and that a free batch needs the zero start state this LSTM has.
-    with warnings.catch_warnings(), torch.inference_mode(mode=False):
+    with _EXPORTING, warnings.catch_warnings(), torch.inference_mode(mode=False):
         warnings.simplefilter("ignore")
         torch.onnx.export(
             model,

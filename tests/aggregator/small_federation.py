@@ -285,6 +285,7 @@ class Watcher:
 
     summaries: list[RoundSummary] = field(default_factory=list)
     credits: list[CreditEntry] = field(default_factory=list)
+    champions: list[str] = field(default_factory=list)
 
     def round_closed(self, summary: RoundSummary) -> None:
         """Keep it."""
@@ -293,6 +294,10 @@ class Watcher:
     def epoch_closed(self, credit: CreditEntry) -> None:
         """Keep it."""
         self.credits.append(credit)
+
+    def champion_decided(self, model_hash: str) -> None:
+        """Keep it."""
+        self.champions.append(model_hash)
 
 
 def build(

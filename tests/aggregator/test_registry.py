@@ -125,7 +125,11 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, Path,
     publish(resumed, run_id, folder)
     # The end of a run may be repeated, as after a crash: the run is found, resumed and finished once more.
     assert resumed.start_run("run-1", "trial", PLAN, MEMBERS) == run_id
-    return root, run_id, folder, publish(resumed, run_id, folder)
+    assert publish(resumed, run_id, folder).alias == "challenger"
+    crowned = resumed.crown(load_model(folder).model_hash)
+    assert crowned is not None
+    assert crowned == resumed.crown(load_model(folder).model_hash) == publish(resumed, run_id, folder)
+    return root, run_id, folder, crowned
 
 
 def test_run_tells_the_whole_story(finished: tuple[Path, str, Path, Published]) -> None:
@@ -198,7 +202,7 @@ def test_exported_folder_is_found_by_uri(finished: tuple[Path, str, Path, Publis
 
 
 def test_later_model_is_challenger_until_promoted(finished: tuple[Path, str, Path, Published], tmp_path: Path) -> None:
-    """A second model does not replace the champion; promotion moves the alias; finishing twice registers once."""
+    """A model becomes the champion by its hash, as members vote; finishing twice registers once; strangers do not."""
     root = tmp_path / "copy"
     shutil.copytree(finished[0], root)
     store = Registry(root)
@@ -208,7 +212,10 @@ def test_later_model_is_challenger_until_promoted(finished: tuple[Path, str, Pat
     assert (second.version, second.alias) == ("2", "challenger")
     assert publish(store, run_id, folder) == second
     assert load_model(load_exported("models:/islet-forecaster@champion", root)).card.version == "1"
-    store.promote(second.version)
+    assert store.crown("0" * 64) is None
+    crowned = store.crown(load_model(folder).model_hash)
+    assert crowned is not None
+    assert crowned.version == second.version
     assert load_model(load_exported("models:/islet-forecaster@champion", root)).card.version == "2"
     with pytest.raises(RegistryFailed):
         load_exported("models:/islet-forecaster@challenger", root)

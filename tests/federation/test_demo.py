@@ -57,7 +57,8 @@ def test_a_killed_demo_resumes_and_ends_with_the_table(finished: tuple[Path, str
     assert "unit patient" in text
     assert "at delta 1e-05" in text
     assert "cosigned by 6 of 6 hospitals" in text
-    assert "registered models:/islet-forecaster@champion" in text
+    assert "registered models:/islet-forecaster@challenger" in text
+    assert "vote: 6 hospitals made it the champion; 6 nodes serve it" in text
     assert "a held-out patient of arizona asked" in text
 
 

@@ -14,14 +14,17 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 from pydantic import TypeAdapter
 
-from data_schemas.canonical import content_hash
+from data_schemas.canonical import bytes_hash, content_hash
 from data_schemas.frozen import Frozen
-from data_schemas.ledger import PlanEntry
+from data_schemas.governance import DecisionEntry, Promote, Proposal, ProposalEntry, Vote, VoteEntry
+from data_schemas.ledger import ModelEntry, PlanEntry
 from data_schemas.messages import (
     Cosigned,
     CosignTask,
     Hello,
     HelloTask,
+    Installed,
+    ModelTask,
     Refusal,
     RefusalCode,
     ReleaseTask,
@@ -30,22 +33,25 @@ from data_schemas.messages import (
     SignedUpdate,
     WitnessState,
 )
+from data_schemas.plan import RELATION
 from hospital_node import client_app
 from hospital_node.folder import NodeFolder
-from hospital_node.ledger_view import COPY
+from hospital_node.ledger_view import COPY, charter_of
 from pipeline import checkpoint, merkle
 from pipeline.checkpoint import Checkpoint
+from pipeline.model_card import CardPrivacy, ModelCard, TrainedOn, card_bytes
 from pipeline.signing import PrivateKey
 from pipeline.wire import from_record, to_record
 from tests.hospital_node.small_node import FEDERATION, base_weights, fill, make_node, plan, train_task
-from tests.hospital_node.test_ledger_view import RUN, founding, log_of, member
+from tests.hospital_node.test_ledger_view import RUN, Log, founding, log_of, member
 from tests.hospital_node.test_scoring import NODES, score_task, updates_for
 
 Arrays = dict[str, npt.NDArray[Any]]
-Reply = Hello | Refusal | SignedUpdate | Scored | SignedRelease | WitnessState | Cosigned
+Reply = Hello | Refusal | SignedUpdate | Scored | SignedRelease | WitnessState | Cosigned | Installed
 FAR = 4e9
 # A plan whose noise on credit is larger than any score.
 DROWNED, DROWNED_RUN = plan(credit__noise_multiplier=2.1), "drowned"
+CHAMPION = bytes_hash(base_weights(plan(), seed=5).tobytes())
 AGGREGATOR = PrivateKey.from_seed(b"a" * 32)
 PRIVACY_PAGE = Path(__file__).parents[2] / "docs" / "privacy.md"
 
@@ -63,8 +69,35 @@ def home(tmp_path: Path) -> Path:
     fill(path, patients=12)
     plans = [PlanEntry(run=run, plan_hash=content_hash(p)) for run, p in ((RUN, plan()), (DROWNED_RUN, DROWNED))]
     log = log_of(founding(), member(path), *plans)
+    promote(log, path, CHAMPION)
     (path / COPY).write_bytes(b"".join(line + b"\n" for line in log.lines))
     return path
+
+
+def card_of(model_hash: str) -> ModelCard:
+    """Return a card of a model of one hospital."""
+    return ModelCard(
+        version="run-5",
+        model_hash=model_hash,
+        spec=plan().model,
+        trained_on=(TrainedOn(node="north", declared_training_patients=10, declared_heldout_patients=4),),
+        privacy=CardPrivacy(unit="patient", epsilon=3.0, delta=1e-5, rounds=4, noise_source="seeded"),
+    )
+
+
+def promote(log: Log, path: Path, model_hash: str) -> None:
+    """Add what makes a model the champion of a federation of one."""
+    published = {"round": 4, "unit": "patient", "relation": RELATION, "delta": 1e-5, "epsilon_by_node": {"north": 3.0}}
+    log.add(ModelEntry(run="run-5", model_hash=model_hash, **published))
+    members = charter_of(tuple(log.lines), AGGREGATOR.public.hex).member_set
+    bound: dict[str, Any] = {"federation": FEDERATION, "member_set": members}
+    action, ends = Promote(model_hash=model_hash), "2026-02-01T00:00:00+00:00"
+    proposal = Proposal(action=action, proposed_by="north", expires_at=ends, **bound)
+    vote = Vote(proposal_hash=content_hash(proposal), node="north", approve=True, **bound)
+    with NodeFolder.open(path) as node:
+        log.add(ProposalEntry(proposal=proposal, signature=node.key.sign(proposal)))
+        log.add(VoteEntry(vote=vote, signature=node.key.sign(vote)))
+    log.add(DecisionEntry(proposal_hash=content_hash(proposal), accepted=True))
 
 
 def sent(home: Path, kind: str, content: RecordDict) -> tuple[Reply, Arrays]:
@@ -93,6 +126,8 @@ def conversation(home: Path) -> list[tuple[Reply, Arrays]]:
     drowned = release.model_copy(update={"plan": DROWNED, "run": DROWNED_RUN})
     score = score_task(task_plan, weights, updates)
     train = train_task(task_plan, weights, run=RUN, deadline_unix=FAR)
+    champion = base_weights(task_plan, seed=5)
+    model = ModelTask(federation=FEDERATION, card=card_bytes(card_of(CHAMPION)).decode())
     return [
         asked(home, "query.hello", HelloTask(federation=FEDERATION)),
         asked(home, "query.hello", HelloTask(federation="other")),
@@ -103,6 +138,7 @@ def conversation(home: Path) -> list[tuple[Reply, Arrays]]:
         asked(home, "query.release", drowned),
         asked(home, "query.cosign", cosign),
         asked(home, "query.cosign", cosign),
+        asked(home, "query.model", model, {"weights": champion}),
     ]
 
 
@@ -125,7 +161,8 @@ def test_every_field_that_leaves_is_in_the_privacy_page(home: Path) -> None:
     left = {name for reply, _ in replies for name in leaves(reply.model_dump(mode="json"), type(reply).__name__)}
     left |= {f"{type(reply).__name__}.array.{name}" for reply, arrays in replies for name in arrays}
 
-    kinds = [Hello, Refusal, SignedUpdate, Scored, Scored, SignedRelease, SignedRelease, Cosigned, WitnessState]
+    kinds: list[type] = [Hello, Refusal, SignedUpdate, Scored, Scored, SignedRelease, SignedRelease, Cosigned]
+    kinds += [WitnessState, Installed]
     assert kinds == [type(reply) for reply, _ in replies]
     assert set() == left - documented()
     assert set() == documented() - left
@@ -165,9 +202,12 @@ def test_a_malformed_message_is_refused(home: Path, content: RecordDict) -> None
 
 
 def test_a_busy_node_says_so(home: Path) -> None:
-    """While another process or thread uses the folder the node is busy."""
+    """While another process or thread uses the folder the node is busy; who it is, it says all the same."""
+    weights = base_weights(plan())
     with NodeFolder.open(home):
-        assert (Refusal(code=RefusalCode.NODE_BUSY), {}) == asked(home, "query.hello", HelloTask(federation=FEDERATION))
+        task = train_task(plan(), weights, run=RUN, deadline_unix=FAR)
+        assert (Refusal(code=RefusalCode.NODE_BUSY), {}) == asked(home, "train", task, {"weights": weights})
+        assert isinstance(asked(home, "query.hello", HelloTask(federation=FEDERATION))[0], Hello)
 
 
 def test_no_exception_text_leaves_the_node(

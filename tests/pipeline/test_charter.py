@@ -186,11 +186,13 @@ def test_a_rotated_key_signs_and_the_old_one_does_not(charter: Charter) -> None:
         assert _vote(charter, proposal, node, True) == ""
     assert _decide(charter, proposal, True) == ""
 
-    said = Attestation(federation="f", node="elm", budget_head="0" * 64, epsilon_training=1, epsilon_heldout=0)
-    assert charter.take_entry(AttestationEntry(attestation=said, signature=KEYS["fir"].sign(said)), LATER) == ""
+    said = Attestation(
+        federation="f", node="elm", releases=2, budget_head="0" * 64, epsilon_training=1, epsilon_heldout=0
+    )
     assert "signature" in charter.take_entry(
         AttestationEntry(attestation=said, signature=KEYS["elm"].sign(said)), LATER
     )
+    assert charter.take_entry(AttestationEntry(attestation=said, signature=KEYS["fir"].sign(said)), LATER) == ""
     assert charter.keys["elm"] == [KEYS["elm"].public.hex, KEYS["fir"].public.hex]
 
 

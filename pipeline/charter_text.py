@@ -1,0 +1,39 @@
+"""What the federation has decided, in words: the same at the aggregator and at a node."""
+
+from __future__ import annotations
+
+from data_schemas.governance import Proposal
+from pipeline.charter import Charter
+
+
+def render(charter: Charter, now: str) -> str:
+    """Write members, policy, champion and proposals as lines for a terminal. now: UTC, ISO 8601."""
+    if charter.privacy is None or charter.credit is None:
+        return "no founding policy: the federation has not begun"
+    privacy = charter.privacy
+    lines = [
+        f"federation {charter.federation}" + ("  PAUSED" if charter.paused else ""),
+        f"  members   {', '.join(charter.members)} (set {charter.member_set[:12]})",
+        f"  privacy   epsilon at most {privacy.max_epsilon_training:g} training, {privacy.max_epsilon_heldout:g}"
+        f" held-out, per {privacy.unit}; at least {privacy.min_patients} patients",
+        f"  credit    at most {charter.credit.max_pot_micro_credits_per_round} micro-credits a round",
+        f"  champion  {charter.champions[-1][:12] if charter.champions else 'none voted'}",
+    ]
+    for name, proposal in charter.open.items():
+        votes, may = charter.votes[name], charter.voters(proposal)
+        yes = sum(votes.values())
+        need = "two thirds" if charter.needs_two_thirds(proposal) else "more than half"
+        outcome = {None: "open", True: "accepted", False: "rejected"}[charter.outcome(name, now)]
+        lines.append(
+            f"  proposal  {name[:12]} {proposal_text(proposal)}: {yes} yes, {len(votes) - yes} no"
+            f" of {len(may)}; needs {need}; {outcome}; until {proposal.expires_at}"
+        )
+    lines += [f"  decided   {name[:12]} {'accepted' if yes else 'rejected'}" for name, yes in charter.decided.items()]
+    return "\n".join(lines)
+
+
+def proposal_text(proposal: Proposal) -> str:
+    """Write what a proposal wants."""
+    values = proposal.action.model_dump(mode="json", exclude={"action"})
+    told = ", ".join(f"{key} {value[:12] if isinstance(value, str) else value}" for key, value in values.items())
+    return f"{proposal.action.action} ({told}) by {proposal.proposed_by}"
