@@ -1,5 +1,6 @@
-"""The joining desk: one route where an invited hospital says who it is, over TLS, on the loopback address.
+"""The joining desk: where an invited hospital says who it is, over TLS, on the loopback address.
 
+For the operator of this machine it has /healthz and /metrics too; a proxy passes neither.
 Run as `python -m aggregator.desk FOLDER` by the supervisor. Annotations are evaluated here: FastAPI reads them.
 """
 
@@ -14,11 +15,14 @@ from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
 
 from aggregator.invitations import redeem
+from aggregator.metrics import federation_metrics
 from aggregator.settings import AggregatorFolder, open_folder
 from data_schemas.canonical import canonical_bytes
 from data_schemas.errors import CheckFailed, IsletError
 from data_schemas.frozen import Frozen
 from data_schemas.invitation import SignedJoin
+from pipeline.log_lines import JsonLines
+from pipeline.prometheus import MEDIA_TYPE, render
 
 MAX_BODY_BYTES = 16 * 1024
 _log = logging.getLogger("islet.aggregator")
@@ -53,8 +57,15 @@ def create_app(folder: AggregatorFolder) -> FastAPI:
         return Response(canonical_bytes(answer), media_type="application/json")
 
     @app.get("/healthz")
-    async def healthz() -> dict[str, str]:
-        return {"status": "ok"}
+    async def healthz(response: Response) -> dict[str, str]:
+        if await _answers(folder.settings.port):
+            return {"status": "ok"}
+        response.status_code = 503
+        return {"status": "the SuperLink does not answer"}
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(render(await run_in_threadpool(federation_metrics, folder)), media_type=MEDIA_TYPE)
 
     return app
 
@@ -76,6 +87,15 @@ def serve(folder: AggregatorFolder) -> None:
     )
 
 
+async def _answers(port: int) -> bool:
+    try:
+        _, writer = await asyncio.wait_for(asyncio.open_connection("127.0.0.1", port), 3)
+    except (OSError, TimeoutError):
+        return False
+    writer.close()
+    return True
+
+
 async def _bounded(request: Request) -> bytes:
     """Body of a request, cut off after the limit: what was cut does not parse."""
     body = bytearray()
@@ -91,5 +111,6 @@ def _refusal(status: int, message: str, hint: str) -> Response:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s : %(message)s")
+    _log.addHandler(JsonLines("desk"))
+    _log.setLevel(logging.INFO)
     serve(open_folder(Path(sys.argv[1])))

@@ -22,6 +22,7 @@ from aggregator.settings import AggregatorFolder, open_folder
 from aggregator.state import hold
 from data_schemas.errors import BadInput
 from data_schemas.ledger import CreditEntry
+from pipeline.log_lines import JsonLines
 
 if TYPE_CHECKING:
     from aggregator.recorder import Recorder
@@ -74,9 +75,10 @@ def main(grid: Grid, context: Context) -> None:
             "the run does not say where the aggregator's folder is",
             f"give {FOLDER} in the run config, or set ISLET_AGGREGATOR_HOME",
         )
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s : %(message)s")
-    _log.setLevel(logging.INFO)
     folder = open_folder(Path(configured))
+    (folder.path / "log").mkdir(exist_ok=True, mode=0o700)
+    _log.addHandler(JsonLines("serverapp", folder.path / "log" / "aggregator.log"))
+    _log.setLevel(logging.INFO)
     recorder = Recorder.start(folder.path, folder, _log.warning)
     released = release(folder, run_folder(grid, folder, LogObserver(recorder)), recorder)
     _log.info("released the model %s", released.name)

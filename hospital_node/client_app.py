@@ -33,6 +33,7 @@ from data_schemas.messages import (
     TrainTask,
 )
 from hospital_node.folder import NodeFolder
+from hospital_node.task_record import note, record
 from pipeline.wire import from_record, to_record
 
 if TYPE_CHECKING:
@@ -94,7 +95,9 @@ def model(message: Message, context: Context) -> Message:
 
 
 def _reply(message: Message, context: Context, handle: Handler, *, sitting: bool = False) -> Message:
+    started = time.monotonic()
     body, arrays = _answer(message, context, handle, sitting=sitting)
+    record(_home(context), message.metadata.message_type, body, time.monotonic() - started)
     return Message(content=to_record(body, arrays), reply_to=message)
 
 
@@ -189,23 +192,11 @@ def _model(node: NodeFolder, body: bytes, arrays: Arrays) -> Answer:
 
 
 def _log(home: Path, error: Exception) -> None:
-    """One line in reports/node.log: when, what kind of error, where in the code. Its text only where we wrote it.
+    """One line in the node's own log: what kind of error, where in the code. Its text only where we wrote it.
 
     Texts of other libraries' errors may quote a value; ours never do.
     """
     frames = traceback.extract_tb(error.__traceback__)
     where = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "?"
     text = f" {error.message}" if isinstance(error, IsletError) else ""
-    note(home, f"{type(error).__name__} at {where}{text}")
-
-
-def note(home: Path, text: str) -> None:
-    """Add a line to reports/node.log, the node's own log. A log that cannot be written stops nothing."""
-    moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    line = f"{moment} {text}".replace("\n", " ")
-    try:
-        descriptor = os.open(home / "reports" / "node.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    except OSError:
-        return
-    with os.fdopen(descriptor, "a", encoding="utf-8") as log:
-        log.write(line + "\n")
+    note(home, "error", f"{type(error).__name__} at {where}{text}")

@@ -17,8 +17,10 @@ from data_schemas.units import MG_DL_PER_MMOL_L
 from hospital_node.access import to_read
 from hospital_node.problems import Declined
 from hospital_node.services import BEARER, Services, described, json_answer, problems, read_body
+from hospital_node.task_record import task_metrics
 from pipeline.forecasting import Float32, Int64
 from pipeline.model_card import ModelCard
+from pipeline.prometheus import MEDIA_TYPE, render
 
 Pseudonym = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]{1,128}$")]
 
@@ -120,7 +122,8 @@ def add_status_routes(app: FastAPI, services: Services) -> None:
         model = services.served.find()
         labels = None if model is None else (model.card.version, model.model_hash)
         more = {"islet_models_refused_total": services.served.refused, "islet_audit_lost_total": services.audit.lost}
-        return PlainTextResponse(services.traffic.metrics(labels, more), media_type="text/plain; version=0.0.4")
+        text = services.traffic.metrics(labels, more) + render(task_metrics(services.home))
+        return PlainTextResponse(text, media_type=MEDIA_TYPE)
 
 
 def arrays(body: ForecastRequest) -> tuple[Int64, Float32]:

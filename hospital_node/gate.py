@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from data_schemas.canonical import bytes_hash
 from data_schemas.errors import IsletError
-from hospital_node.client_app import app, note
+from hospital_node.client_app import app
 from hospital_node.settings import read_settings
+from hospital_node.task_record import note
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,7 +35,7 @@ def main() -> None:
 
     def admit(content: bytes, **_options: Any) -> None:
         if not approved(home, content):
-            note(home, f"refused bundle {bytes_hash(content)[:16]}: this hospital has not approved it")
+            note(home, "warning", f"refused bundle {bytes_hash(content)[:16]}: this hospital has not approved it")
             # Flower answers this error with a fixed text; of another it would send the words.
             raise LoadClientAppError
 

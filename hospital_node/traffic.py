@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 from hospital_node.access import PATIENT, WHO
 from hospital_node.audit_log import Access, AuditLog
 from hospital_node.problems import PROBLEM_JSON, Problem, problem
+from pipeline.prometheus import escape_label
 
 MAX_BODY_BYTES = 256 * 1024
 # The outcome that a handler notes in the request's scope, where the status alone would say too little.
@@ -61,7 +62,7 @@ class Traffic:
             lines.append(f'islet_request_seconds_count{{route="{route}"}} {answered}')
         lines += ["# HELP islet_model_info The model that answers.", "# TYPE islet_model_info gauge"]
         if model is not None:
-            lines.append(f'islet_model_info{{version="{_label(model[0])}",hash="{model[1]}"}} 1')
+            lines.append(f'islet_model_info{{version="{escape_label(model[0])}",hash="{model[1]}"}} 1')
         for name, count in more.items():
             lines += [f"# TYPE {name} counter", f"{name} {count}"]
         return "\n".join(lines) + "\n"
@@ -152,8 +153,3 @@ async def _send_problem(send: Send, answer: Problem) -> None:
     headers = [(b"content-type", PROBLEM_JSON.encode()), (b"connection", b"close")]
     await send({"type": "http.response.start", "status": answer.status, "headers": headers})
     await send({"type": "http.response.body", "body": answer.to_bytes()})
-
-
-def _label(text: str) -> str:
-    """Escape a label value of the Prometheus text format."""
-    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")

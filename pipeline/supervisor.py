@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import json
 import os
 import re
 import signal
@@ -22,6 +21,7 @@ from dataclasses import dataclass, field
 from typing import IO
 
 from data_schemas.errors import BadInput
+from pipeline.log_lines import log_line
 
 # What ran this long had not failed at its start: the next pause is a short one again.
 _SETTLED_S, _FIRST_PAUSE_S, _LONGEST_PAUSE_S, _STOP_S = 60.0, 1.0, 30.0, 15.0
@@ -39,12 +39,6 @@ class Program:
     name: str
     command: tuple[str, ...]
     environment: Mapping[str, str] = field(repr=False)
-
-
-def log_line(program: str, level: str, message: str, **more: object) -> str:
-    """One line of the structured log: JSON with at (UTC), level, program, message."""
-    at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    return json.dumps({"at": at, "level": level, "program": program, "message": message, **more}, ensure_ascii=False)
 
 
 def write_line(line: str) -> None:

@@ -14,6 +14,7 @@ from flwr.common.constant import ErrorCode
 
 from aggregator.governance import replay
 from aggregator.ledger import read_entries
+from hospital_node.store import Store
 from pipeline.bundle import BUNDLE
 from tests.deployment.real_federation import ENVIRONMENT, HOSPITALS, RealFederation, islet
 
@@ -166,6 +167,8 @@ def test_no_secret_of_one_party_is_in_anothers_files(federation: RealFederation)
         ):
             assert secret.stat().st_mode & 0o077 == 0
             assert not any(secret.read_bytes().splitlines()[-2:][0] in text for text in texts)
+        logs = b"".join(f.read_bytes() for f in [*federation.path.glob("*.log"), *(folder / "reports").glob("*.log")])
+        assert not any(name.encode() in logs for name in Store(folder / "store").patients())
     token = json.loads((federation.path / "duke.invite").read_text())["token"].encode()
     assert [f for f in (federation.path / "hub").rglob("*") if f.is_file() and token in f.read_bytes()] == []
 
