@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from aggregator.admission import AdmittedUpdate
 from data_schemas.canonical import bytes_hash
 from data_schemas.plan import AggregationRule, ServerSpec
-from pipeline.robust import mean_of
+from pipeline.robust import mean_of, stepped
 
 Vector = NDArray[np.float32]
 
@@ -60,11 +60,10 @@ def mean_update(
 
 
 def server_step(state: ServerState, updates: Sequence[AdmittedUpdate], spec: ServerSpec) -> ServerState:
-    """One round: velocity = momentum * velocity + mean; weights = weights + learning_rate * velocity."""
-    velocity = spec.momentum * state.velocity.astype(np.float64) + mean_update(updates, spec.rule)
-    weights = (state.weights.astype(np.float64) + spec.learning_rate * velocity).astype(np.float32)
+    """One round: the step of pipeline.robust, and the ring of the last models."""
+    weights, velocity = stepped(state.weights, state.velocity, mean_update(updates, spec.rule), spec)
     recent = (*state.recent, weights)[-spec.average_last_rounds :]
-    return ServerState(weights=weights, velocity=velocity.astype(np.float32), recent=recent)
+    return ServerState(weights=weights, velocity=velocity, recent=recent)
 
 
 def released_weights(state: ServerState) -> Vector:

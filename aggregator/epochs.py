@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aggregator.admission import RejectionCode, is_hash
+from aggregator.aggregation import model_hash
 from aggregator.courier import RELEASE, SCORE, Courier, Reply
 from data_schemas.canonical import canonical_bytes
 from data_schemas.ledger import CreditEntry, MemberEntry, RoundEntry
@@ -56,8 +57,11 @@ def rounds_of(epoch: int, plan: TrainingPlan) -> tuple[int, ...]:
     return tuple(range((epoch - 1) * length + 1, min(epoch * length, plan.rounds) + 1))
 
 
-def score_task(entry: RoundEntry, federation: str, plan: TrainingPlan) -> ScoreTask:
-    """Build the task that has a closed round's coalitions scored; nodes and updates in node order."""
+def score_task(entry: RoundEntry, federation: str, plan: TrainingPlan, base_velocity: NDArray[np.float32]) -> ScoreTask:
+    """Build the task that has a closed round's coalitions scored; nodes and updates in node order.
+
+    base_velocity float32[D] is the server's before the round; nodes need it under a plan with momentum.
+    """
     manifests = [signed.manifest for signed in entry.admitted]
     total = sum(manifest.declared_patients for manifest in manifests)
     return ScoreTask(
@@ -71,6 +75,7 @@ def score_task(entry: RoundEntry, federation: str, plan: TrainingPlan) -> ScoreT
         update_hashes=tuple(manifest.update_hash for manifest in manifests),
         base_model_hash=entry.base_model_hash,
         new_model_hash=entry.new_model_hash,
+        base_velocity_hash=model_hash(base_velocity) if plan.server.momentum else None,
     )
 
 
@@ -81,7 +86,7 @@ def score(
     arrays: Mapping[str, NDArray[np.float32]],
     timeout_s: float,
 ) -> tuple[str, ...]:
-    """Have every hospital score a round (arrays: base float32[D], updates float32[n, D]); returns who acknowledged."""
+    """Have every hospital score a round (arrays: those of ScoreTask); returns who acknowledged."""
     tasks = dict.fromkeys(members, task)
     replies = courier.ask(SCORE, tasks, members, timeout_s=timeout_s, arrays=arrays, group=str(task.round))
     scored = {

@@ -203,7 +203,7 @@ def _train(
     seconds = time.monotonic() - started
     record = _record(desk, expected, collected, stepped, epsilon_by_node=epsilon_by_node | spent, seconds=seconds)
     updates = np.stack([update.delta for update in collected.admitted])
-    return Checkpoint(record=record, server=stepped, base=server.weights, updates=updates)
+    return Checkpoint(record, stepped, server.weights, server.velocity, updates)
 
 
 def _record(
@@ -238,6 +238,7 @@ def _record(
         plan_hash=content_hash(expected.plan),
         base_model_hash=expected.base_model_hash,
         new_model_hash=new_hash,
+        velocity_hash=model_hash(stepped.velocity) if desk.plan.server.momentum else None,
         admitted=tuple(update.signed for update in collected.admitted),
         rejected=collected.rejected,
         ledger_size=head.size,
@@ -256,13 +257,11 @@ def _close(desk: _Desk, checkpoint: Checkpoint) -> None:
     epoch, federation = epochs.epoch_of(record.round, desk.plan), desk.federation()
     if (desk.run, epoch) in federation.credits:
         return
-    epochs.score(
-        desk.courier,
-        epochs.score_task(entry, desk.settings.federation, desk.plan),
-        federation.members,
-        {"base": checkpoint.base, "updates": checkpoint.updates},
-        desk.settings.score_timeout_s,
-    )
+    arrays = {"base": checkpoint.base, "updates": checkpoint.updates}
+    if desk.plan.server.momentum:
+        arrays["velocity"] = checkpoint.base_velocity
+    task = epochs.score_task(entry, desk.settings.federation, desk.plan, checkpoint.base_velocity)
+    epochs.score(desk.courier, task, federation.members, arrays, desk.settings.score_timeout_s)
     if epochs.ends_epoch(record.round, desk.plan):
         _close_epoch(desk, epoch, federation)
 

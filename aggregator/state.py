@@ -3,7 +3,7 @@
 Layout of the state folder:
 
     lock                    held (flock) while an aggregator works here
-    <run>/round-00012.npz   weights, velocity, ring of the last models, base model and admitted updates of round 12
+    <run>/round-00012.npz   weights, velocity, ring of the last models, base model, its velocity, updates of round 12
     <run>/round-00012.json  record of round 12 and the SHA-256 of the .npz; its appearance is the commit
 
 Records are kept for ever; arrays are kept for the newest rounds only.
@@ -47,6 +47,7 @@ class RoundRecord(Frozen):
     plan_hash: Hex32
     base_model_hash: Hex32
     new_model_hash: Hex32
+    velocity_hash: Hex32 | None = None
     admitted: tuple[SignedUpdate, ...]
     rejected: tuple[RejectedUpdate, ...]
     ledger_size: int
@@ -64,11 +65,15 @@ class _Envelope(Frozen):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A closed round: its record, the server's state after it, base weights float32[D] and updates float32[n, D]."""
+    """A closed round: its record, the server's state after it, what it began with, and updates float32[n, D].
+
+    base, base_velocity: weights and velocity before the round, float32[D].
+    """
 
     record: RoundRecord
     server: ServerState
     base: NDArray[np.float32]
+    base_velocity: NDArray[np.float32]
     updates: NDArray[np.float32]
 
 
@@ -146,6 +151,7 @@ def _pack(checkpoint: Checkpoint) -> bytes:
         velocity=server.velocity,
         recent=np.stack(server.recent),
         base=checkpoint.base,
+        base_velocity=checkpoint.base_velocity,
         updates=checkpoint.updates,
     )
     return buffer.getvalue()
@@ -173,5 +179,6 @@ def _load(path: Path, run: str) -> Checkpoint | None:
         return None
     with np.load(io.BytesIO(packed), allow_pickle=False) as arrays:
         server = ServerState(weights=arrays["weights"], velocity=arrays["velocity"], recent=tuple(arrays["recent"]))
-        checkpoint = Checkpoint(envelope.record, server, arrays["base"], arrays["updates"])
+        begun = arrays["base"], arrays["base_velocity"]
+        checkpoint = Checkpoint(envelope.record, server, *begun, arrays["updates"])
     return checkpoint if model_hash(server.weights) == envelope.record.new_model_hash else None

@@ -38,7 +38,10 @@ class RejectedUpdate(Frozen):
 
 
 class RoundEntry(Frozen):
-    """One closed round: what was admitted and rejected and which model came out."""
+    """One closed round: what was admitted and rejected and which model came out.
+
+    velocity_hash: of the server's velocity after the round, under a plan with momentum: nodes add up from it.
+    """
 
     kind: Literal["round"] = "round"
     run: str
@@ -46,6 +49,7 @@ class RoundEntry(Frozen):
     plan_hash: Hex32
     base_model_hash: Hex32
     new_model_hash: Hex32
+    velocity_hash: Hex32 | None = None
     admitted: tuple[SignedUpdate, ...]
     rejected: tuple[RejectedUpdate, ...]
 

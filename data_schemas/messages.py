@@ -117,7 +117,8 @@ class SignedUpdate(Frozen):
 class ScoreTask(Frozen):
     """Score a round's coalitions on held-out patients; the result stays at the node until the epoch's release.
 
-    Arrays: base weights float32[D]; updates float32[n, D] in the order of `nodes`. Coalition model of S:
+    Arrays: base weights float32[D]; updates float32[n, D] in the order of `nodes`; under a plan with momentum the
+    server's velocity before the round, float32[D]. Coalition model of S:
     base + server_learning_rate * sum over S of share_i * update_i, with share_i = declared_i / sum of all declared.
     """
 
@@ -131,6 +132,7 @@ class ScoreTask(Frozen):
     update_hashes: tuple[Hex32, ...]
     base_model_hash: Hex32
     new_model_hash: Hex32
+    base_velocity_hash: Hex32 | None = None
 
 
 class Scored(Frozen):

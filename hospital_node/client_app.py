@@ -60,7 +60,7 @@ def train(message: Message, context: Context) -> Message:
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
-    """ScoreTask with arrays `base` float32[D] and `updates` float32[n, D] -> Scored or Refusal."""
+    """ScoreTask with arrays `base`, `updates` and, under a plan with momentum, `velocity` -> Scored or Refusal."""
     return _reply(message, context, _score)
 
 
@@ -170,7 +170,8 @@ def _score(node: NodeFolder, body: bytes, arrays: Arrays) -> Answer:
     from hospital_node import scoring
 
     task = _parsed(ScoreTask, body)
-    return scoring.score(node, task, _array(arrays, "base", 1), _array(arrays, "updates", 2)), {}
+    velocity = _array(arrays, "velocity", 1) if task.plan.server.momentum else None
+    return scoring.score(node, task, _array(arrays, "base", 1), _array(arrays, "updates", 2), velocity), {}
 
 
 def _release(node: NodeFolder, body: bytes, _arrays: Arrays) -> Answer:

@@ -155,25 +155,35 @@ def _is_logged_base(charter: Charter, task: TrainTask) -> bool:
     return before is not None and before.new_model_hash == task.base_model_hash
 
 
-def raise_alarm_if_false(node: NodeFolder, task: ScoreTask, recomputed: str) -> None:
-    """Write alarm.json when the logged round, re-added by this node, does not give the logged model.
+def holds_with_log(
+    node: NodeFolder, task: ScoreTask, new_model_hash: str, velocity_hash: str | None, still_hash: str | None
+) -> bool:
+    """Whether a round to score is the logged one; where it is and the logged model is not its sum, raise the alarm.
 
     Only the signed log can raise the alarm: a message alone, which anybody on the way could have changed, cannot.
+    A node that follows no ledger, or was not shown this round, has nothing to compare with.
+    velocity_hash: of the velocity after the round; still_hash: of none at all, before round 1; None without momentum.
     """
     key = node.settings.aggregator_public_key
-    closed = None if key is None else charter_of(payloads(node), key).rounds.get((task.run, task.round))
-    if closed is None or task.plan.server.momentum > 0:
-        return
-    logged = tuple(signed.manifest.update_hash for signed in closed.admitted)
-    names = tuple(signed.manifest.node for signed in closed.admitted)
-    same = (closed.base_model_hash, logged, names, closed.plan_hash) == (
-        task.base_model_hash,
-        task.update_hashes,
-        task.nodes,
-        content_hash(task.plan),
+    charter = None if key is None else charter_of(payloads(node), key)
+    closed = None if charter is None else charter.rounds.get((task.run, task.round))
+    if charter is None or closed is None:
+        return True
+    before = charter.rounds.get((task.run, task.round - 1))
+    logged = (
+        closed.base_model_hash,
+        tuple(signed.manifest.update_hash for signed in closed.admitted),
+        tuple(signed.manifest.node for signed in closed.admitted),
+        closed.plan_hash,
+        still_hash if before is None else before.velocity_hash,
     )
-    if same and closed.new_model_hash != recomputed:
-        _raise_alarm(node, closed, f"its model is not the sum of its updates, which is {recomputed}")
+    shown = (task.base_model_hash, task.update_hashes, task.nodes, content_hash(task.plan), task.base_velocity_hash)
+    if logged != shown:
+        return False
+    if (closed.new_model_hash, closed.velocity_hash) != (new_model_hash, velocity_hash):
+        _raise_alarm(node, closed, f"its model is not the sum of its updates, which is {new_model_hash}")
+        return False
+    return True
 
 
 def _raise_alarm(node: NodeFolder, entry: RoundEntry, what: str) -> None:

@@ -22,7 +22,7 @@ from data_schemas.units import HORIZON_MINUTES
 from hospital_node import ledger_view, replies, scores
 from hospital_node.cohorts import held_out_windows
 from hospital_node.folder import NodeFolder
-from pipeline.robust import mean_of, norm_factors
+from pipeline.robust import mean_of, norm_factors, stepped
 from pipeline.shapley import MAX_NODES, coalition_masks, exact_shapley
 
 if TYPE_CHECKING:
@@ -48,17 +48,20 @@ class HeldOut:
     mask: NDArray[np.bool_]
 
 
-def score(node: NodeFolder, task: ScoreTask, base: Vector, updates: Vector) -> Scored | Refusal:
-    """Score a round's coalitions on this node's held-out patients and keep the result at home. base [D], updates [n,D].
+def score(
+    node: NodeFolder, task: ScoreTask, base: Vector, updates: Vector, velocity: Vector | None = None
+) -> Scored | Refusal:
+    """Score a round's coalitions on this node's held-out patients and keep the result at home.
 
+    base [D], updates [n, D], and under a plan with momentum the server's velocity [D] before the round.
     Idempotent: the same task again changes nothing, another task for the same round replaces its scores.
     Only an acknowledgement leaves, the same whatever the readings say.
     """
     if task.federation != node.settings.federation:
         return Refusal(code=RefusalCode.UNKNOWN_FEDERATION)
-    if not _well_formed(task, base, updates):
+    if not _well_formed(task, base, updates, velocity):
         return Refusal(code=RefusalCode.MALFORMED_TASK)
-    if not _as_signed(node, task, base, updates):
+    if not _as_signed(node, task, base, updates, velocity):
         return Refusal(code=RefusalCode.MODEL_MISMATCH)
     place, task_hash = scores.Place(task.run, task.epoch, task.round), content_hash(task)
     if not scores.is_scored(node.scores_db, place, task_hash):
@@ -153,7 +156,7 @@ def _utility(forecast: Vector, held_out: HeldOut) -> NDArray[np.float64]:
     return -total / len(_COLUMNS)
 
 
-def _well_formed(task: ScoreTask, base: Vector, updates: Vector) -> bool:
+def _well_formed(task: ScoreTask, base: Vector, updates: Vector, velocity: Vector | None) -> bool:
     from pipeline.forecaster import ForecasterSpec, weight_count
 
     count, dimension = len(task.nodes), weight_count(ForecasterSpec(hidden_size=task.plan.model.hidden_size))
@@ -166,25 +169,34 @@ def _well_formed(task: ScoreTask, base: Vector, updates: Vector) -> bool:
         and base.shape == (dimension,)
         and updates.shape == (count, dimension)
         and bool(np.isfinite(base).all() and np.isfinite(updates).all())
+        and (velocity is None) == (task.plan.server.momentum == 0)
+        and (velocity is None or (velocity.shape == base.shape and bool(np.isfinite(velocity).all())))
     )
 
 
-def _as_signed(node: NodeFolder, task: ScoreTask, base: Vector, updates: Vector) -> bool:
-    """Check the hashes, this node's own update, and the new model where no momentum of the server hides it.
+def _as_signed(node: NodeFolder, task: ScoreTask, base: Vector, updates: Vector, velocity: Vector | None) -> bool:
+    """Check the hashes, this node's own update, and that the new model is the sum of the updates.
 
     A logged model that is not the sum of the logged updates raises the node's alarm.
     """
-    hashes = [bytes_hash(np.ascontiguousarray(update).tobytes()) for update in updates]
-    if bytes_hash(np.ascontiguousarray(base).tobytes()) != task.base_model_hash or hashes != list(task.update_hashes):
+    hashes = [_hash(update) for update in updates]
+    if _hash(base) != task.base_model_hash or hashes != list(task.update_hashes):
+        return False
+    if (None if velocity is None else _hash(velocity)) != task.base_velocity_hash:
         return False
     own = dict(zip(task.nodes, hashes, strict=True)).get(node.settings.name)
     if own is not None and own != _signed_hash(node, task):
         return False
-    if task.plan.server.momentum > 0:
-        return True
-    recomputed = bytes_hash(_stepped(task, base, updates).tobytes())
-    ledger_view.raise_alarm_if_false(node, task, recomputed)
-    return recomputed == task.new_model_hash
+    still, server = np.zeros_like(base), task.plan.server
+    mean = mean_of(updates, task.shares, server.rule)
+    weights, moved = stepped(base, still if velocity is None else velocity, mean, server)
+    kept = (None, None) if velocity is None else (_hash(moved), _hash(still))
+    true_to_log = ledger_view.holds_with_log(node, task, _hash(weights), *kept)
+    return true_to_log and _hash(weights) == task.new_model_hash
+
+
+def _hash(vector: Vector) -> str:
+    return bytes_hash(np.ascontiguousarray(vector).tobytes())
 
 
 def _signed_hash(node: NodeFolder, task: ScoreTask) -> str | None:
@@ -199,9 +211,3 @@ def _signed_hash(node: NodeFolder, task: ScoreTask) -> str | None:
     )
     reply = node.budget().stored_reply(asked.task_id)
     return None if reply is None else replies.unpack(SignedUpdate, reply)[0].manifest.update_hash
-
-
-def _stepped(task: ScoreTask, base: Vector, updates: Vector) -> Vector:
-    """Weights after a server step without momentum, in float64 and in the order of the nodes."""
-    mean = mean_of(updates, task.shares, task.plan.server.rule)
-    return (base.astype(np.float64) + task.plan.server.learning_rate * mean).astype(np.float32)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from data_schemas.plan import AggregationRule
+from data_schemas.plan import AggregationRule, ServerSpec
 
 
 def norm_factors(updates: NDArray[np.float32], shares: Sequence[float], rule: AggregationRule) -> NDArray[np.float64]:
@@ -32,3 +32,15 @@ def mean_of(updates: NDArray[np.float32], shares: Sequence[float], rule: Aggrega
     for factor, share, update in zip(norm_factors(updates, shares, rule), shares, updates, strict=True):
         total += share * (factor * update.astype(np.float64))
     return total
+
+
+def stepped(
+    weights: NDArray[np.float32], velocity: NDArray[np.float32], mean: NDArray[np.float64], spec: ServerSpec
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """One server step, all [D]: velocity = momentum * velocity + mean; weights = weights + learning_rate * velocity.
+
+    Server momentum is that of Hsu et al. 2019 (FedAvgM). Returns the new weights and the new velocity.
+    """
+    moved = spec.momentum * velocity.astype(np.float64) + mean
+    moved_to = weights.astype(np.float64) + spec.learning_rate * moved
+    return moved_to.astype(np.float32), moved.astype(np.float32)

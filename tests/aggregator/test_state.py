@@ -49,7 +49,7 @@ def checkpoint(number: int, run: str = "run") -> Checkpoint:
         summary=summary,
     )
     server = ServerState(weights, weights / 2, (weights - 1, weights))
-    return Checkpoint(record, server, weights - 1, np.stack([weights, weights]))
+    return Checkpoint(record, server, weights - 1, weights / 3, np.stack([weights, weights]))
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from data_schemas.canonical import bytes_hash, canonical_bytes, content_hash
@@ -27,23 +28,26 @@ from data_schemas.messages import (
     PrivacySpend,
     Refusal,
     RefusalCode,
+    Scored,
     ScoreTask,
     SignedUpdate,
     TrainTask,
     UpdateManifest,
     WitnessState,
 )
-from data_schemas.plan import RELATION
+from data_schemas.plan import RELATION, TrainingPlan
 from hospital_node import ledger_view, local_round, scoring, witness
 from hospital_node.folder import NodeFolder
 from hospital_node.published_model import PublishedModels
 from pipeline import checkpoint, merkle
 from pipeline.charter import run_name
 from pipeline.checkpoint import Checkpoint
+from pipeline.robust import stepped
 from pipeline.signing import PrivateKey
 from tests.hospital_node.small_node import FEDERATION, NOW, base_weights, fill, make_node, plan, train_task
 
 AGGREGATOR = PrivateKey.from_seed(b"a" * 32)
+SOUTH = PrivateKey.from_seed(b"o" * 32)
 AT = "2026-01-01T00:00:00+00:00"
 PLAN = plan()
 BASE = base_weights(PLAN)
@@ -197,49 +201,83 @@ def test_a_torn_line_is_fetched_again(path: Path) -> None:
         assert ledger_view.payloads(node) == tuple(log.lines)
 
 
+def closed_round(update: npt.NDArray[np.float32], new: str, run: str = RUN, **changes: Any) -> RoundEntry:
+    """One round in which only south's update was admitted."""
+    task_plan = changes.pop("plan", PLAN)
+    values = {"round": 1, "base_model_hash": hash_of(BASE), "plan_hash": content_hash(task_plan), **changes}
+    manifest = UpdateManifest(
+        federation=FEDERATION,
+        run=run,
+        round=values["round"],
+        node="south",
+        plan_hash=values["plan_hash"],
+        base_model_hash=values["base_model_hash"],
+        update_hash=hash_of(update),
+        declared_patients=10,
+        spend=PrivacySpend(unit="patient", event=PLAN.round_event, epsilon_after=1, delta=1e-5),
+        budget_head="0" * 64,
+    )
+    signed = SignedUpdate(manifest=manifest, signature=SOUTH.sign(manifest))
+    return RoundEntry(run=run, new_model_hash=new, admitted=(signed,), rejected=(), **values)
+
+
+def south(path: Path) -> MemberEntry:
+    return member(path).model_copy(update={"node": "south", "public_key": SOUTH.public.hex})
+
+
+def task_of(closed: RoundEntry, task_plan: TrainingPlan = PLAN, base_velocity: str | None = None) -> ScoreTask:
+    return ScoreTask(
+        federation=FEDERATION,
+        run=closed.run,
+        round=closed.round,
+        epoch=1,
+        plan=task_plan,
+        nodes=("south",),
+        shares=(1.0,),
+        update_hashes=(closed.admitted[0].manifest.update_hash,),
+        base_model_hash=closed.base_model_hash,
+        new_model_hash=closed.new_model_hash,
+        base_velocity_hash=base_velocity,
+    )
+
+
+def hash_of(vector: npt.NDArray[np.float32]) -> str:
+    return bytes_hash(vector.tobytes())
+
+
+@pytest.mark.parametrize("false", ["", "model", "velocity", "shown velocity"])
+def test_a_round_under_momentum_is_added_up_from_the_logged_velocity(path: Path, false: str) -> None:
+    """The second round's model follows from the velocity that the first round logged, and from no other."""
+    task_plan = plan(server__momentum=0.5)
+    run, update = run_name(FEDERATION, task_plan, hash_of(BASE)), np.full_like(BASE, 0.01)
+    mean, changes = update.astype(np.float64), {"plan": task_plan, "run": run}
+    base, velocity = stepped(BASE, np.zeros_like(BASE), mean, task_plan.server)
+    shown = velocity + 1 if false == "shown velocity" else velocity  # one that leads to the false model in the log
+    new = [hash_of(vector) for vector in stepped(base, shown, mean, task_plan.server)]
+    logged = {"base_model_hash": hash_of(base), "velocity_hash": "e" * 64 if false == "velocity" else new[1]}
+    rounds = [
+        closed_round(update, hash_of(base), velocity_hash=hash_of(velocity), **changes),
+        closed_round(update, "e" * 64 if false == "model" else new[0], round=2, **logged, **changes),
+    ]
+    log = log_of(founding(), member(path), south(path), PlanEntry(run=run, plan_hash=content_hash(task_plan)), *rounds)
+    assert isinstance(show(path, log.task(0)), Cosigned)
+    with NodeFolder.open(path) as node:
+        answer = scoring.score(node, task_of(rounds[1], task_plan, hash_of(shown)), base, update[None], shown)
+        raised = ledger_view.alarm(node)
+
+    assert isinstance(answer, Scored) is (not false)
+    assert (raised is not None) is (false in ("model", "velocity"))
+
+
 @pytest.mark.parametrize("honest", [True, False])
 def test_a_false_sum_in_the_log_raises_the_alarm_for_good(path: Path, honest: bool) -> None:
     """The node adds up the logged updates again; a logged model that is not their sum stops it durably."""
     update = np.full_like(BASE, 0.01)
     true = (BASE.astype(np.float64) + update.astype(np.float64)).astype(np.float32)
-    logged = bytes_hash(true.tobytes()) if honest else "e" * 64
-    other = PrivateKey.from_seed(b"o" * 32)
-    manifest = UpdateManifest(
-        federation=FEDERATION,
-        run=RUN,
-        round=1,
-        node="south",
-        plan_hash=content_hash(PLAN),
-        base_model_hash=bytes_hash(BASE.tobytes()),
-        update_hash=bytes_hash(update.tobytes()),
-        declared_patients=10,
-        spend=PrivacySpend(unit="patient", event=PLAN.round_event, epsilon_after=1, delta=1e-5),
-        budget_head="0" * 64,
-    )
-    closed = RoundEntry(
-        run=RUN,
-        round=1,
-        plan_hash=content_hash(PLAN),
-        base_model_hash=manifest.base_model_hash,
-        new_model_hash=logged,
-        admitted=(SignedUpdate(manifest=manifest, signature=other.sign(manifest)),),
-        rejected=(),
-    )
-    south = member(path).model_copy(update={"node": "south", "public_key": other.public.hex})
-    log = log_of(founding(), member(path), south, PlanEntry(run=RUN, plan_hash=content_hash(PLAN)), closed)
+    closed = closed_round(update, hash_of(true) if honest else "e" * 64)
+    log = log_of(founding(), member(path), south(path), PlanEntry(run=RUN, plan_hash=content_hash(PLAN)), closed)
     assert isinstance(show(path, log.task(0)), Cosigned)
-    task = ScoreTask(
-        federation=FEDERATION,
-        run=RUN,
-        round=1,
-        epoch=1,
-        plan=PLAN,
-        nodes=("south",),
-        shares=(1.0,),
-        update_hashes=(manifest.update_hash,),
-        base_model_hash=manifest.base_model_hash,
-        new_model_hash=logged,
-    )
+    task = task_of(closed)
     with NodeFolder.open(path) as node:
         scoring.score(node, task, BASE, update[None])
         raised = ledger_view.alarm(node)
