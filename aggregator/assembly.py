@@ -95,13 +95,11 @@ def _show(
 
 
 def _cosign_task(table: Table, note: str, old_size: int) -> CosignTask:
-    proof = table.ledger.consistency_proof(old_size) if old_size else ()
     size = SignedCheckpoint.from_text(note).checkpoint.size
     return CosignTask(
         federation=table.federation,
         checkpoint=note,
         old_size=old_size,
-        consistency_proof=proof,
         entries=table.ledger.payloads(old_size)[: size - old_size],
     )
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +26,7 @@ from data_schemas.messages import (
     SignedRelease,
 )
 from data_schemas.plan import TrainingPlan
-from pipeline.contribution import credit
+from pipeline.contribution import credit, mode_of
 from pipeline.signing import verify
 
 Members = Mapping[str, MemberEntry]
@@ -144,8 +144,13 @@ def collect_credit(
     task: ReleaseTask,
     members: Members,
     timeout_s: float,
+    *,
+    admitted: Iterable[int],
 ) -> CreditEntry:
-    """Collect the epoch's releases and turn them into credit; without usable releases the whole pot stays unpaid."""
+    """Collect the epoch's releases and turn them into credit; without usable releases the whole pot stays unpaid.
+
+    admitted: how many updates each of the epoch's rounds admitted.
+    """
     usable: dict[str, SignedRelease] = {}
     asked = set(members)
     for _ in range(2):
@@ -165,7 +170,7 @@ def collect_credit(
         run=task.run,
         epoch=task.epoch,
         rounds=rounds,
-        mode="exact-shapley-weighted-median",
+        mode=mode_of(admitted),
         pot_micro_credits=pot,
         unpaid_micro_credits=unpaid,
         lines=lines,

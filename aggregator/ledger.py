@@ -187,7 +187,7 @@ class Ledger:
                 if by_rules and (wrong := self.charter().copy().take_entry(entry, recorded_at)):
                     raise AgainstTheRules(entry.kind, wrong)
                 index = self.size
-                payload = _signed_payload(index, recorded_at, entry, self._key)
+                payload = signed_payload(index, recorded_at, entry, self._key)
                 leaf = merkle.leaf_hash(payload)
                 self._connection.execute("INSERT INTO entries VALUES (?, ?, ?)", (index, leaf, payload))
                 if key is not None:
@@ -317,7 +317,8 @@ def once_mark(unique_key: bytes, index: int, leaf: bytes) -> bytes:
     return hashlib.sha256(b"once\n" + unique_key + b"\n" + str(index).encode() + b"\n" + leaf).digest()
 
 
-def _signed_payload(index: int, recorded_at: str, entry: Entry, key: PrivateKey) -> bytes:
+def signed_payload(index: int, recorded_at: str, entry: Entry, key: PrivateKey) -> bytes:
+    """Canonical bytes of an entry in its place, signed by the aggregator's key."""
     content = {"index": index, "recorded_at": recorded_at, "entry": entry.model_dump(mode="json")}
     return canonical_bytes({**content, "signature": key.sign(content)})
 

@@ -267,12 +267,9 @@ def _close(desk: _Desk, checkpoint: Checkpoint) -> None:
 
 
 def _close_epoch(desk: _Desk, epoch: int, federation: Federation) -> None:
-    credited = {
-        signed.manifest.node
-        for number in epochs.rounds_of(epoch, desk.plan)
-        if (closed := federation.rounds.get((desk.run, number))) is not None
-        for signed in closed.admitted
-    }
+    numbers = epochs.rounds_of(epoch, desk.plan)
+    admitted = [e.admitted for number in numbers if (e := federation.rounds.get((desk.run, number))) is not None]
+    credited = {signed.manifest.node for updates in admitted for signed in updates}
     task = ReleaseTask(
         federation=desk.settings.federation,
         run=desk.run,
@@ -281,7 +278,8 @@ def _close_epoch(desk: _Desk, epoch: int, federation: Federation) -> None:
         nodes=tuple(sorted(credited)),
         deadline_unix=desk.clock() + desk.settings.score_timeout_s,
     )
-    entry = epochs.collect_credit(desk.courier, task, federation.members, desk.settings.score_timeout_s)
+    timeout_s, counts = desk.settings.score_timeout_s, map(len, admitted)
+    entry = epochs.collect_credit(desk.courier, task, federation.members, timeout_s, admitted=counts)
     desk.ledger.append_once(("credit", desk.run, epoch), entry, desk.now())
     _tell(desk.observer, partial(desk.observer.epoch_closed, entry))
     _sit(desk)

@@ -56,18 +56,18 @@ def verify_ledger(
 ) -> VerifyReport:
     """Rebuild everything from the entries and compare. Raises Tampered with the file's name and the byte offset.
 
-    The aggregator's signature on the newest checkpoint stands for the entries under it; entries above it, and all of
-    them with `every_signature`, are checked one by one. Members' signatures are always checked one by one.
-    Members' keys come from the member entries; `witnessed` are checkpoint notes kept outside this folder.
-    BadInput: no such file. StorageFailed: it cannot be read. The file is not changed, save that
-    SQLite rolls back what a killed writer left half done.
+    A signature on a checkpoint stands for its signer's signatures in the entries under it: the aggregator's on the
+    newest for the entries, a member's cosignature for the updates and releases in that member's name, because its node
+    cosigns nothing before it has checked them (hospital_node.ledger_view). All others, and with `every_signature`
+    all there are, are checked one by one; so are proposals, votes and attestations. Members' keys come from the log;
+    `witnessed` are checkpoint notes kept outside this folder. BadInput: no such file. StorageFailed: it cannot be read.
+    The file is not changed, save that SQLite rolls back what a killed writer left half done.
     """
     if not path.is_file():
         raise BadInput(f"{path}: no such ledger", "Give the path of the ledger.db file.")
     with open_ledger_file(path) as file:
         check_structure(file)
         replay, tree, heads = _check_log(file, aggregator_public_key, every_signature)
-        _check_cosignatures(file, heads, replay)
         _check_once(file, tree)
     anchors = [
         (name, note, *_check_anchor(name, note, tree, replay, aggregator_public_key))
@@ -91,33 +91,41 @@ def verify_ledger(
 
 
 def _check_log(file: LedgerFile, key: str, every_signature: bool) -> tuple[Replay, merkle.Tree, dict[int, Checkpoint]]:
-    """Check entries and checkpoints; where a root does not fit, the signatures one by one say which entry it is."""
-    vouched = 0 if every_signature else _vouched_size(file, key)
-    replay, tree = _check_entries(file, key, vouched)
+    """Check entries, checkpoints and cosignatures; where these do not fit, every signature says which entry it is."""
+    sizes = {} if every_signature else _vouched_sizes(file, key)
+    replay, tree = _check_entries(file, key, sizes)
     try:
-        return replay, tree, _check_checkpoints(file, tree, key)
+        heads = _check_checkpoints(file, tree, key)
+        _check_cosignatures(file, heads, replay)
     except Tampered:
-        if vouched:
-            _check_entries(file, key, 0)
+        if sizes:
+            _check_entries(file, key, {})
         raise
+    return replay, tree, heads
 
 
-def _vouched_size(file: LedgerFile, key: str) -> int:
-    """Size of the newest checkpoint if its signature holds, else 0; its root is compared when the tree is built."""
+def _vouched_sizes(file: LedgerFile, key: str) -> dict[bytes, int]:
+    """How many entries each member's newest cosignature covers, and the log's own newest checkpoint under b"".
+
+    That the cosignatures are the members' and the roots those of the tree is checked when the tree is built.
+    """
+    sizes: dict[bytes, int] = {}
     for size, note in file.rows("SELECT size, note FROM checkpoints ORDER BY size DESC LIMIT 1"):
-        try:
-            return int(size) if notes.verify_note(note.decode(), key).size == size else 0
-        except (UnicodeDecodeError, BadInput, CheckFailed):
-            return 0
-    return 0
+        with suppress(UnicodeDecodeError, BadInput, CheckFailed):
+            if notes.verify_note(note.decode(), key).size == size:
+                sizes[b""] = int(size)
+    return sizes | dict(file.rows("SELECT name, max(size) FROM cosignatures GROUP BY name"))
 
 
-def _check_entries(file: LedgerFile, key: str, vouched: int) -> tuple[Replay, merkle.Tree]:
+def _check_entries(file: LedgerFile, key: str, sizes: dict[bytes, int]) -> tuple[Replay, merkle.Tree]:
     replay, tree = Replay(), merkle.Tree()
+    steps = {0, *sizes.values()}
     for expected, (index, leaf, payload) in enumerate(file.rows("SELECT idx, leaf, payload FROM entries ORDER BY idx")):
         if index != expected:
             raise file.tampered(payload, f"entry {expected} is missing: entry {index} follows")
-        wrong = _bytes_fault(leaf, payload, key if index >= vouched else None)
+        if index in steps:
+            replay.vouched = frozenset(name.decode("utf-8", "replace") for name, size in sizes.items() if index < size)
+        wrong = _bytes_fault(leaf, payload, None if "" in replay.vouched else key)
         entry = _parse(payload)
         if not wrong:
             wrong = _content_fault(entry, payload, index, replay)
@@ -140,11 +148,9 @@ def _bytes_fault(leaf: bytes, payload: bytes, key: str | None) -> str:
 def _content_fault(entry: LedgerEntry | None, payload: bytes, index: int, replay: Replay) -> str:
     if entry is None:
         return "not a ledger entry"
-    return (
-        fault(entry.entry, replay, payload, entry.recorded_at)
-        if entry.index == index
-        else f"it says it is entry {entry.index}"
-    )
+    if entry.index != index:
+        return f"it says it is entry {entry.index}"
+    return fault(entry.entry, replay, payload, entry.recorded_at)
 
 
 def _parse(payload: bytes) -> LedgerEntry | None:

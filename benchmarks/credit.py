@@ -33,7 +33,7 @@ from pipeline.noise import SeededNoise
 from pipeline.plans import load_plan
 from pipeline.private_training import LocalPlan, train_steps
 from pipeline.robust import mean_of, norm_factors
-from pipeline.shapley import clip_rows, exact_shapley
+from pipeline.shapley import clip_rows, game_of
 from pipeline.windows import Batch, Series, Windows, WindowSpec, cut_windows
 
 Vector = npt.NDArray[np.float32]
@@ -189,15 +189,15 @@ def run(scenario: Scenario, who: People, plan: TrainingPlan, start: Vector) -> O
         before, updates = rows, updates[admitted]
         shares = patients[admitted] / patients[admitted].sum()
         factors = norm_factors(updates, tuple(shares), scenario.rule)
-        models = coalition_models(weights, updates, factors * shares, plan.server.learning_rate)
-        utilities = patient_utilities(models, 1 << len(admitted), who.heldout, plan.model.hidden_size)
-        total[:, admitted] += exact_shapley(utilities)
+        game = game_of(len(admitted), b"")
+        models = coalition_models(weights, updates, factors * shares, plan.server.learning_rate, game.coalitions)
+        total[:, admitted] += game.values(patient_utilities(models, who.heldout, plan.model.hidden_size))
         score_s += time.perf_counter() - begun
         cosine = max(cosine, *(_cosine(rows[0], v) for v in (*rows[1:4], rows[5], last_step)))
         step = plan.server.learning_rate * mean_of(updates, tuple(shares), scenario.rule)
         last_step = step.astype(np.float32)
         weights = (weights.astype(np.float64) + step).astype(np.float32)
-    rmse = -patient_utilities(iter([weights]), 1, who.heldout, plan.model.hidden_size).mean()
+    rmse = -patient_utilities([weights[None]], who.heldout, plan.model.hidden_size).mean()
     return Outcome(scenario, total, float(rmse), train_s, score_s, cosine, rejected)
 
 

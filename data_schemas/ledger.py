@@ -64,6 +64,10 @@ class CreditLine(Frozen):
     micro_credits: int
 
 
+# How credit came about: exact where no round of the epoch had more admitted updates than every coalition is scored for.
+CreditMode = Literal["exact-shapley-weighted-median", "sampled-shapley-weighted-median"]
+
+
 class CreditEntry(Frozen):
     """Credit of one epoch and the signed releases it follows from: anyone can recompute it."""
 
@@ -71,7 +75,7 @@ class CreditEntry(Frozen):
     run: str
     epoch: int
     rounds: tuple[int, ...]
-    mode: Literal["exact-shapley-weighted-median"]
+    mode: CreditMode
     pot_micro_credits: int
     unpaid_micro_credits: int
     lines: tuple[CreditLine, ...]

@@ -188,18 +188,18 @@ class SignedRelease(Frozen):
 
 
 class CosignTask(Frozen):
-    """Ask a witness to cosign a checkpoint that extends the one it last cosigned (RFC 6962 section 2.1.2).
+    """Ask a witness to cosign a checkpoint that extends the one it last cosigned.
 
-    `entries`: the canonical text of the entries from old_size on, for a node that keeps its own copy of the ledger.
+    `entries`: the canonical text of the entries from old_size on. The witness keeps its own copy of the ledger, makes
+    the tree itself, and sees what is said in its name; a consistency proof would show neither.
     `refused`: statements of this node that did not come into the log, by content hash. `attest`: a run has ended, and
     the node is asked to attest its budget book.
     """
 
     federation: str
     checkpoint: str
-    old_size: int
-    consistency_proof: tuple[Hex32, ...]
-    entries: tuple[str, ...] | None = None
+    old_size: int = Field(ge=0)
+    entries: tuple[str, ...]
     refused: dict[Hex32, StatementCode] = Field(default_factory=dict)
     attest: bool = False
 

@@ -75,7 +75,8 @@ def extend(
 ) -> RefusalCode | None:
     """Take in the entries from old_size on, or say why not; durable when this returns.
 
-    The whole copy must have the new checkpoint's root, and its beginning the root that this node cosigned before.
+    The whole copy must have the new checkpoint's root, and its beginning the root that this node cosigned before. What
+    the new entries say in this hospital's name must carry its signature: verification relies on that.
     """
     held = payloads(node)[:old_size]
     grown = (*held, *(entry.encode() for entry in entries))

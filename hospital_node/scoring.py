@@ -2,14 +2,14 @@
 
 Coalition models are built from updates that are already private, so they cost training patients nothing. What a
 held-out patient's readings say about them is summed over a credit epoch and released once, clipped and noised
-(hospital_node.release). Per-round exact Shapley values (FedSV, Wang et al. 2020) are linear in the utility, so they may
+(hospital_node.release). Per-round Shapley values (FedSV, Wang et al. 2020) are linear in the utility, so they may
 be summed first.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,19 +18,21 @@ from numpy.typing import NDArray
 
 from data_schemas.canonical import bytes_hash, content_hash
 from data_schemas.messages import Refusal, RefusalCode, Scored, ScoreTask, SignedUpdate, TrainTask
-from data_schemas.units import HORIZON_MINUTES
+from data_schemas.units import HORIZON_MINUTES, SENSOR_MAX_MG_DL, SENSOR_MIN_MG_DL
 from hospital_node import ledger_view, replies, scores
 from hospital_node.cohorts import held_out_windows
 from hospital_node.folder import NodeFolder
 from pipeline.robust import mean_of, norm_factors, stepped
-from pipeline.shapley import MAX_NODES, coalition_masks, exact_shapley
+from pipeline.shapley import MAX_NODES, game_of
 
 if TYPE_CHECKING:
     from pipeline.windows import Windows
 
 Vector = NDArray[np.float32]
 _SCORED_MINUTES = (30, 60)
-_COLUMNS = tuple(HORIZON_MINUTES.index(minutes) for minutes in _SCORED_MINUTES)
+_COLUMNS = [HORIZON_MINUTES.index(minutes) for minutes in _SCORED_MINUTES]
+# Coalition models held in memory at once.
+_AT_A_TIME = 64
 
 
 @dataclass(frozen=True)
@@ -74,48 +76,61 @@ def score(
 def shapley_by_patient(
     task: ScoreTask, base: Vector, updates: Vector, held_out: HeldOut
 ) -> dict[str, NDArray[np.float64]]:
-    """Exact Shapley vector float64[n], in mg/dL, of every held-out patient."""
+    """Shapley vector float64[n], in mg/dL, of every held-out patient; from a sample above ten nodes."""
+    game = game_of(len(task.nodes), coalition_seed(task))
     factors = norm_factors(updates, task.shares, task.plan.server.rule)
-    models = coalition_models(base, updates, factors * np.array(task.shares), task.plan.server.learning_rate)
-    utilities = patient_utilities(models, 1 << len(task.nodes), held_out, task.plan.model.hidden_size)
-    return dict(zip(held_out.patients, exact_shapley(utilities), strict=True))
+    shares = factors * np.array(task.shares)
+    models = coalition_models(base, updates, shares, task.plan.server.learning_rate, game.coalitions)
+    utilities = patient_utilities(models, held_out, task.plan.model.hidden_size)
+    return dict(zip(held_out.patients, game.values(utilities), strict=True))
+
+
+def coalition_seed(task: ScoreTask) -> bytes:
+    """Public seed of a round's sample of coalitions: it hangs on every admitted update, so no one node chooses it."""
+    told = {"run": task.run, "round": task.round, "nodes": task.nodes, "updates": task.update_hashes}
+    return bytes.fromhex(content_hash(told))
 
 
 def coalition_models(
-    base: Vector, updates: Vector, shares: NDArray[np.float64], learning_rate: float
+    base: Vector, updates: Vector, shares: NDArray[np.float64], learning_rate: float, coalitions: NDArray[np.bool_]
 ) -> Iterator[Vector]:
-    """Weights float32[D], base + learning_rate * sum over S of share_i * update_i, for S in coalition_masks' order."""
+    """Weights float32[k, D], base + learning_rate * sum over S of share_i * update_i; some coalitions at a time."""
     weighted = learning_rate * shares[:, None] * updates.astype(np.float64)
-    for members in coalition_masks(len(shares)):
-        yield (base + members @ weighted).astype(np.float32)
+    for start in range(0, len(coalitions), _AT_A_TIME):
+        yield (base + coalitions[start : start + _AT_A_TIME] @ weighted).astype(np.float32)
 
 
-def patient_utilities(models: Iterator[Vector], count: int, held_out: HeldOut, hidden_size: int) -> NDArray[np.float64]:
-    """Return utilities float64[P, count]: minus the mean of a patient's RMSE at 30 and at 60 minutes, in mg/dL.
+def patient_utilities(models: Iterable[Vector], held_out: HeldOut, hidden_size: int) -> NDArray[np.float64]:
+    """Return utilities float64[P, m]: minus the mean of a patient's RMSE at 30 and at 60 minutes, in mg/dL.
 
-    Models that differ in their heads alone share the LSTM's features, computed once. A patient without a target at a
-    horizon has 0 there for every model, which is worth nothing to anybody.
+    models: weights float32[k, D], some at a time. A patient without a target at a horizon has 0 there for every model,
+    which is worth nothing to anybody.
     """
+    parts = [
+        _utility(forecast, held_out) for weights in models for forecast in _forecasts(weights, held_out, hidden_size)
+    ]
+    return np.concatenate(parts, axis=1) if parts else np.zeros((len(held_out.patients), 0))
+
+
+def _forecasts(weights: Vector, held_out: HeldOut, hidden_size: int) -> Iterator[Vector]:
+    """Forecasts float32[k, 2, W] in mg/dL of models float32[k, D]; those that share their LSTM share its features."""
     import torch
 
-    from pipeline.forecaster import Forecaster, ForecasterSpec, clip_to_sensor, load_flat
+    from pipeline.forecaster import Forecaster, ForecasterSpec, head_count, load_flat, mean_heads
 
-    utilities = np.zeros((len(held_out.patients), count))
-    if not len(held_out.x):
-        return utilities
     torch.set_num_threads(1)  # nodes may share a machine: more threads than cores slow everybody down
-    model = Forecaster(ForecasterSpec(hidden_size=hidden_size))
-    heads = sum(p.numel() for head in (model.mean_head, model.quantile_head) for p in head.parameters())
-    x, last = torch.from_numpy(held_out.x), torch.from_numpy(held_out.last)
-    trunk: Vector | None = None
+    spec = ForecasterSpec(hidden_size=hidden_size)
+    model, x = Forecaster(spec), torch.from_numpy(held_out.x)
+    trunks = weights[:, : -head_count(spec)]
+    shared = len(weights) > 0 and bool((trunks == trunks[0]).all())
     with torch.inference_mode():
-        for position, weights in enumerate(models):
-            load_flat(model, weights)
-            if trunk is None or not np.array_equal(trunk, weights[:-heads]):
-                trunk, encoded = weights[:-heads], model.encode(x)
-            forecast = clip_to_sensor(*model.read_out(encoded), last)[0]
-            utilities[:, position] = _utility(forecast.numpy()[:, _COLUMNS], held_out)
-    return utilities
+        for part in [weights] if shared else weights[:, None]:
+            load_flat(model, part[0])
+            encoded = model.encode(x).numpy() if len(x) else np.zeros((0, 2 * hidden_size + 1), dtype=np.float32)
+            weight, bias = mean_heads(part, spec)
+            change = weight[:, _COLUMNS].reshape(-1, weight.shape[-1]) @ encoded.T
+            change = change.reshape(len(part), len(_COLUMNS), -1) + bias[:, _COLUMNS, None]
+            yield (held_out.last + change).clip(SENSOR_MIN_MG_DL, SENSOR_MAX_MG_DL)
 
 
 def load_held_out(node: NodeFolder, history_minutes: int, windows_per_patient: int) -> HeldOut:
@@ -144,16 +159,18 @@ def _spread(anchors: NDArray[np.int64], count: int) -> NDArray[np.int64]:
     return anchors[np.linspace(0, len(anchors) - 1, count).round().astype(np.int64)]
 
 
-def _utility(forecast: Vector, held_out: HeldOut) -> NDArray[np.float64]:
-    """float64[P] from forecasts [W,2]."""
-    squared = np.where(held_out.mask, (forecast - held_out.target).astype(np.float64) ** 2, 0.0)
-    count = len(held_out.patients)
-    total = np.zeros(count)
-    for column in range(len(_COLUMNS)):
-        sums = np.bincount(held_out.owner, squared[:, column], minlength=count)
-        seen = np.bincount(held_out.owner, held_out.mask[:, column], minlength=count)
-        total += np.sqrt(sums / np.maximum(seen, 1))
-    return -total / len(_COLUMNS)
+def _utility(forecasts: Vector, held_out: HeldOut) -> NDArray[np.float64]:
+    """float64[P, k] from forecasts [k, 2, W]; a patient's windows lie together."""
+    errors = (forecasts - held_out.target.T) * held_out.mask.T
+    counts = np.bincount(held_out.owner, minlength=len(held_out.patients))
+    filled = np.flatnonzero(counts)
+    starts = np.concatenate([[0], np.cumsum(counts[filled])[:-1]]).astype(np.int64)
+    utilities = np.zeros((len(counts), len(forecasts)))
+    if len(filled):
+        sums = np.add.reduceat(np.square(errors, dtype=np.float64), starts, axis=2)
+        seen = np.add.reduceat(held_out.mask.T.astype(np.float64), starts, axis=1)
+        utilities[filled] = -np.sqrt(sums / np.maximum(seen, 1)).mean(axis=1).T
+    return utilities
 
 
 def _well_formed(task: ScoreTask, base: Vector, updates: Vector, velocity: Vector | None) -> bool:

@@ -1,6 +1,7 @@
 """The hospital as a witness of the ledger: it cosigns a checkpoint only when that extends the last one it cosigned.
 
-RFC 6962 section 2.1.2 consistency and C2SP tlog-cosignature. Two hospitals that cosigned different histories could be
+C2SP tlog-cosignature, over a tree that the node makes from its own copy of the entries; and nothing is said there in
+this hospital's name that it did not sign. Two hospitals that cosigned different histories could be
 shown to each other, so an aggregator that wants to rewrite the log needs every witness to agree.
 """
 
@@ -50,18 +51,15 @@ def cosign(node: NodeFolder, task: CosignTask, at_unix: int) -> Cosigned | Witne
     except CheckFailed:
         return Refusal(code=RefusalCode.LEDGER_FORK)
     seen = last_seen(node) or checkpoint.empty(new.origin)
-    stands = seen.size if task.entries is None else len(ledger_view.payloads(node))
+    if seen.origin != new.origin:
+        return Refusal(code=RefusalCode.LEDGER_FORK)
+    stands = len(ledger_view.payloads(node))
     if task.old_size != stands:
         return WitnessState(size=stands)
-    if task.entries is not None:
-        wrong = ledger_view.extend(node, seen, new, task.old_size, task.entries)
-        if wrong is not None:
-            return Refusal(code=wrong)
-    elif not checkpoint.extends(seen, new, task.consistency_proof):
-        return Refusal(code=RefusalCode.LEDGER_FORK)
+    wrong = ledger_view.extend(node, seen, new, task.old_size, task.entries)
+    if wrong is not None:
+        return Refusal(code=wrong)
     _remember(node, new, task.checkpoint)
-    if task.entries is None:
-        return Cosigned(cosignature=checkpoint.cosign(new, node.key, node.settings.name, at_unix))
     return _answer(node, task, new, at_unix)
 
 
@@ -69,7 +67,7 @@ def _answer(node: NodeFolder, task: CosignTask, new: Checkpoint, at_unix: int) -
     """Follow the decisions, cosign, settle the outbox, and hand over what the hospital has signed since."""
     charter = ledger_view.decided(node)
     key = identity_of(node, charter)
-    statements.settle(node, [entry.encode() for entry in task.entries or ()], task.refused)
+    statements.settle(node, [entry.encode() for entry in task.entries], task.refused)
     if task.attest:
         with suppress(NodeBusy, CheckFailed):  # a round is at work, or this hospital is no member: next time
             statements.attest(node, charter, datetime.fromtimestamp(at_unix, UTC))

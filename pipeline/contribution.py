@@ -6,12 +6,13 @@ same credit to the last micro-credit, on any machine.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from data_schemas.errors import BadInput
-from data_schemas.ledger import CreditLine
+from data_schemas.ledger import CreditLine, CreditMode
 from data_schemas.messages import EpochRelease
+from pipeline.shapley import EXACT_NODES
 
 # The unit of all arithmetic below: 1e-9 mg/dL.
 _NANO = 10**9
@@ -69,6 +70,12 @@ def credit(
         for node, (score, low, high), amount in zip(nodes, rows, amounts, strict=True)
     )
     return lines, pot_micro_credits - sum(amounts)
+
+
+def mode_of(admitted: Iterable[int]) -> CreditMode:
+    """Name how the hospitals had to score an epoch whose rounds admitted so many updates."""
+    exact = max(admitted, default=0) <= EXACT_NODES
+    return "exact-shapley-weighted-median" if exact else "sampled-shapley-weighted-median"
 
 
 def _score_node(node: str, releases: Sequence[EpochRelease]) -> tuple[int, int, int]:

@@ -237,6 +237,21 @@ def weight_count(spec: ForecasterSpec) -> int:
     return 4 * size * (spec.features + size + 1) + (width + 1) * (width + outputs)
 
 
+def head_count(spec: ForecasterSpec) -> int:
+    """Count the weights of both heads: the last ones of the flat weights."""
+    return (2 * spec.hidden_size + 2) * HORIZONS * (1 + len(QUANTILES))
+
+
+def mean_heads(
+    weights: npt.NDArray[np.float32], spec: ForecasterSpec
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """Read the mean heads of flat weights [k, D]: weight [k, 12, 2H+1] and bias [k, 12], to residuals in mg/dL."""
+    width, scale = 2 * spec.hidden_size + 1, np.array(RESIDUAL_SCALE_MG_DL, dtype=np.float32)
+    heads = weights[:, weights.shape[1] - head_count(spec) :][:, : (width + 1) * HORIZONS]
+    weight = heads[:, : width * HORIZONS].reshape(-1, HORIZONS, width)
+    return weight * scale[:, None], heads[:, width * HORIZONS :] * scale
+
+
 def predict(
     model: Forecaster, x: npt.NDArray[np.float32], last: npt.NDArray[np.float32], *, batch_size: int = 4096
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:

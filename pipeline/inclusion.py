@@ -7,16 +7,22 @@ in the log of that checkpoint; whether others see the same log is what the hospi
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pydantic import ValidationError
 
+from data_schemas.canonical import canonical_bytes
 from data_schemas.errors import BadInput, CheckFailed
 from data_schemas.ledger import EntryProof, LedgerEntry
+from data_schemas.messages import SignedRelease, SignedUpdate
 from pipeline import checkpoint as notes
 from pipeline import merkle
 from pipeline.checkpoint import Checkpoint, SignedCheckpoint
 from pipeline.signing import verify
+
+# An update or a release inside an entry, as canonical JSON writes it: what was signed, and the signature.
+_SIGNED = re.compile(rb'"(?:manifest|release)":(\{[^\n]*?\}),"signature":"([0-9a-f]{128})"')
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,26 @@ def split_payload(payload: bytes) -> tuple[bytes, str]:
     """
     head, found, tail = payload.rpartition(b',"signature":"')
     return head + b"}", tail.removesuffix(b'"}').decode("ascii", "replace") if found else ""
+
+
+def said_by(part: SignedUpdate | SignedRelease) -> str:
+    """Name of the hospital in whose name an update or a release stands in an entry."""
+    return part.manifest.node if isinstance(part, SignedUpdate) else part.release.node
+
+
+def signed_parts(parts: Sequence[SignedUpdate | SignedRelease], payload: bytes) -> list[bytes]:
+    """Bytes that each part's signature covers: cut out of the canonical payload, else written anew.
+
+    A quote inside a JSON string is escaped, so neither pattern can lie in a text. A name that occurs more often than
+    there are parts means a key given twice, where the cut and the parsed value could differ.
+    """
+    found = _SIGNED.findall(payload)
+    told = payload.count(b'"manifest":') + payload.count(b'"release":')
+    if told == len(found) == len(parts) and all(
+        s.decode() == part.signature for (_, s), part in zip(found, parts, strict=True)
+    ):
+        return [message for message, _ in found]
+    return [canonical_bytes(p.manifest if isinstance(p, SignedUpdate) else p.release) for p in parts]
 
 
 def _entry(payload: bytes, index: int, public_hex: str) -> LedgerEntry:

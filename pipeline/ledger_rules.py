@@ -2,37 +2,36 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
-from data_schemas.canonical import canonical_bytes
 from data_schemas.errors import BadInput
 from data_schemas.ledger import CreditEntry, Entry, MemberEntry, ModelEntry, PlanEntry, RoundEntry
 from data_schemas.messages import SignedRelease, SignedUpdate
 from pipeline.charter import Charter
-from pipeline.contribution import credit
+from pipeline.contribution import credit, mode_of
+from pipeline.inclusion import said_by, signed_parts
 from pipeline.signing import verify
-
-# An update or a release inside an entry, as canonical JSON writes it: what was signed, and the signature.
-_SIGNED = re.compile(rb'"(?:manifest|release)":(\{[^\n]*?\}),"signature":"([0-9a-f]{128})"')
 
 
 @dataclass
 class Replay:
-    """What the entries so far have established; fault() takes the next one in. members: all there ever were.
+    """What the entries so far have established; fault() takes the next one in.
 
-    signatures: whether those of members inside the next entry are checked; set it off for what was checked before.
+    members: all there ever were. rounds: how many updates each admitted. signatures: whether those of members inside
+    the next entry are checked; set it off for what was checked before. vouched: members whose signatures need no check
+    there, because they cosigned it.
     """
 
     charter: Charter = field(default_factory=Charter)
     signatures: bool = True
+    vouched: Collection[str] = frozenset()
     members: dict[str, MemberEntry] = field(default_factory=dict)
     plans: dict[str, str] = field(default_factory=dict)
     last_round: dict[str, RoundEntry] = field(default_factory=dict)
     epochs: set[tuple[str, int]] = field(default_factory=set)
     paid_rounds: set[tuple[str, int]] = field(default_factory=set)
-    rounds: set[tuple[str, int]] = field(default_factory=set)
+    rounds: dict[tuple[str, int], int] = field(default_factory=dict)
     federation: str | None = None
     counts: dict[str, int] = field(default_factory=dict)
     micro_credits: dict[str, int] = field(default_factory=dict)
@@ -52,9 +51,9 @@ def fault(entry: Entry, so_far: Replay, payload: bytes = b"", at: str = "") -> s
         case PlanEntry():
             return _plan_fault(entry, so_far)
         case RoundEntry():
-            return _round_fault(entry, so_far, payload)
+            return _round_fault(entry, so_far) or _signature_fault(entry.admitted, so_far, payload)
         case CreditEntry():
-            return _credit_fault(entry, so_far, payload)
+            return _credit_fault(entry, so_far) or _signature_fault(entry.releases, so_far, payload)
         case ModelEntry():
             return _model_fault(entry, so_far)
         case _:
@@ -68,7 +67,7 @@ def _plan_fault(entry: PlanEntry, so_far: Replay) -> str:
     return ""
 
 
-def _round_fault(entry: RoundEntry, so_far: Replay, payload: bytes) -> str:
+def _round_fault(entry: RoundEntry, so_far: Replay) -> str:
     previous = so_far.last_round.get(entry.run)
     if previous and entry.round <= previous.round:
         return f"round {entry.round} of run {entry.run} follows round {previous.round}"
@@ -78,16 +77,15 @@ def _round_fault(entry: RoundEntry, so_far: Replay, payload: bytes) -> str:
         return "it does not follow the run's plan"
     if len({u.manifest.node for u in entry.admitted}) != len(entry.admitted):
         return "a node is admitted twice"
-    for update, message in zip(entry.admitted, _signed_parts(entry.admitted, payload), strict=True):
-        wrong = _update_fault(update, message, entry, so_far)
-        if wrong:
+    for update in entry.admitted:
+        if wrong := _update_fault(update, entry, so_far):
             return f"update of {update.manifest.node}: {wrong}"
     so_far.last_round[entry.run] = entry
-    so_far.rounds.add((entry.run, entry.round))
+    so_far.rounds[entry.run, entry.round] = len(entry.admitted)
     return ""
 
 
-def _update_fault(update: SignedUpdate, message: bytes, entry: RoundEntry, so_far: Replay) -> str:
+def _update_fault(update: SignedUpdate, entry: RoundEntry, so_far: Replay) -> str:
     m, member = update.manifest, so_far.members.get(update.manifest.node)
     if member is None:
         return "not a member"
@@ -97,10 +95,10 @@ def _update_fault(update: SignedUpdate, message: bytes, entry: RoundEntry, so_fa
         return "made with another plan or base model"
     if m.declared_patients != member.declared_training_patients:
         return "declares another number of patients than the member entry"
-    return _member_signature_fault(m.federation, message, update.signature, member, so_far)
+    return _federation_fault(m.federation, so_far)
 
 
-def _release_fault(signed: SignedRelease, message: bytes, entry: CreditEntry, so_far: Replay) -> str:
+def _release_fault(signed: SignedRelease, entry: CreditEntry, so_far: Replay) -> str:
     release, member = signed.release, so_far.members.get(signed.release.node)
     if member is None:
         return "not a member"
@@ -108,40 +106,31 @@ def _release_fault(signed: SignedRelease, message: bytes, entry: CreditEntry, so
         return f"made for epoch {release.epoch} of run {release.run}"
     if release.declared_heldout_patients != member.declared_heldout_patients:
         return "declares another number of held-out patients than the member entry"
-    return _member_signature_fault(release.federation, message, signed.signature, member, so_far)
+    return _federation_fault(release.federation, so_far)
 
 
-def _signed_parts(parts: Sequence[SignedUpdate | SignedRelease], payload: bytes) -> list[bytes]:
-    """Bytes that each part's signature covers: cut out of the canonical payload, else written anew.
-
-    A quote inside a JSON string is escaped, so neither pattern can lie in a text. A name that occurs more often than
-    there are parts means a key given twice, where the cut and the parsed value could differ.
-    """
-    found = _SIGNED.findall(payload)
-    told = payload.count(b'"manifest":') + payload.count(b'"release":')
-    if told == len(found) == len(parts) and all(
-        s.decode() == part.signature for (_, s), part in zip(found, parts, strict=True)
-    ):
-        return [message for message, _ in found]
-    return [canonical_bytes(p.manifest if isinstance(p, SignedUpdate) else p.release) for p in parts]
-
-
-def _member_signature_fault(
-    federation: str, message: bytes, signature: str, member: MemberEntry, so_far: Replay
-) -> str:
+def _federation_fault(federation: str, so_far: Replay) -> str:
     if federation != (so_far.federation or federation):
         return "made for another federation"
     so_far.federation = federation
-    if not so_far.signatures:
+    return ""
+
+
+def _signature_fault(parts: Sequence[SignedUpdate | SignedRelease], so_far: Replay, payload: bytes) -> str:
+    if not so_far.signatures or all(said_by(part) in so_far.vouched for part in parts):
         return ""
-    return "" if verify(member.public_key, message, signature) else "the member's signature is wrong"
+    for part, message in zip(parts, signed_parts(parts, payload), strict=True):
+        name, what = said_by(part), "update" if isinstance(part, SignedUpdate) else "release"
+        if name not in so_far.vouched and not verify(so_far.members[name].public_key, message, part.signature):
+            return f"{what} of {name}: the member's signature is wrong"
+    return ""
 
 
-def _credit_fault(entry: CreditEntry, so_far: Replay, payload: bytes) -> str:
+def _credit_fault(entry: CreditEntry, so_far: Replay) -> str:
     rounds = {(entry.run, r) for r in entry.rounds}
     wrong = _epoch_fault(entry, rounds, so_far)
-    for signed, message in zip(entry.releases, _signed_parts(entry.releases, payload), strict=True):
-        found = _release_fault(signed, message, entry, so_far)
+    for signed in entry.releases:
+        found = _release_fault(signed, entry, so_far)
         wrong = wrong or (found and f"release of {signed.release.node}: {found}")
     wrong = wrong or _sum_fault(entry, so_far)
     if wrong:
@@ -157,13 +146,14 @@ def _credit_fault(entry: CreditEntry, so_far: Replay, payload: bytes) -> str:
 def _epoch_fault(entry: CreditEntry, rounds: set[tuple[str, int]], so_far: Replay) -> str:
     if (entry.run, entry.epoch) in so_far.epochs:
         return "the epoch was credited before"
-    if rounds - so_far.rounds:
+    if rounds - so_far.rounds.keys():
         return "it credits a round that is not in the ledger"
     if rounds & so_far.paid_rounds or len(rounds) != len(entry.rounds):
         return "it credits a round twice"
     if strangers := sorted({line.node for line in entry.lines} - so_far.members.keys()):
         return f"it credits {strangers[0]}, not a member"
-    return ""
+    mode = mode_of(so_far.rounds[place] for place in rounds)
+    return "" if entry.mode == mode else f"its rounds are scored as {mode}"
 
 
 def _sum_fault(entry: CreditEntry, so_far: Replay) -> str:

@@ -45,7 +45,7 @@ from data_schemas.messages import (
     WitnessState,
 )
 from data_schemas.plan import TrainingPlan
-from pipeline import checkpoint
+from pipeline import checkpoint, merkle
 from pipeline.signing import PrivateKey, write_durably
 from pipeline.wire import from_record, to_record
 
@@ -267,15 +267,13 @@ def cosign(message: Message, context: Context) -> Message:
     if behaviour(home) == "no-cosign":
         return _reply(message, Refusal(code=RefusalCode.LEDGER_FORK))
     new = checkpoint.SignedCheckpoint.from_text(task.checkpoint).checkpoint
-    seen = checkpoint.empty(new.origin)
-    if (home / "witness.json").exists():
-        seen = checkpoint.Checkpoint(**json.loads((home / "witness.json").read_text()))
-    if seen.size != task.old_size:
-        return _reply(message, WitnessState(size=seen.size))
-    if not checkpoint.extends(seen, new, task.consistency_proof):
+    seen = json.loads((home / "witness.json").read_text()) if (home / "witness.json").exists() else []
+    if len(seen) != task.old_size:
+        return _reply(message, WitnessState(size=len(seen)))
+    tree = merkle.Tree(merkle.leaf_hash(line.encode()) for line in (*seen, *task.entries))
+    if (tree.size, tree.root()) != (new.size, new.root):
         return _reply(message, Refusal(code=RefusalCode.LEDGER_FORK))
-    kept = {"origin": new.origin, "size": new.size, "root_hex": new.root_hex}
-    write_durably(home / "witness.json", json.dumps(kept).encode())
+    write_durably(home / "witness.json", json.dumps([*seen, *task.entries]).encode())
     return _reply(message, Cosigned(cosignature=checkpoint.cosign(new, key_of(home.name), home.name, 1_700_000_000)))
 
 

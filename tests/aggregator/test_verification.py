@@ -9,6 +9,7 @@ import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from aggregator import ledger_file
@@ -28,7 +29,8 @@ KEY = PrivateKey.from_seed(b"A" * 32)
 ORIGIN = "islet.example/test"
 NOW = "2026-01-31T12:00:00+00:00"
 NODES = ("clinic-a", "clinic-b", "clinic-c")
-KEYS = {node: PrivateKey.from_seed(node.encode().ljust(32, b"-")) for node in NODES}
+ELEVEN = (*NODES, *(f"clinic-{letter}" for letter in "defghijk"))
+KEYS = {node: PrivateKey.from_seed(node.encode().ljust(32, b"-")) for node in ELEVEN}
 POT = 1_000_000
 SPEND = PrivacySpend(
     unit="patient",
@@ -56,7 +58,7 @@ def _update(node: str, number: int, **changes: object) -> SignedUpdate:
         node=node,
         plan_hash=_hash(7),
         base_model_hash=_hash(100 + number),
-        update_hash=_hash(1000 * number + NODES.index(node)),
+        update_hash=_hash(1000 * number + ELEVEN.index(node)),
         declared_patients=30,
         spend=SPEND,
         budget_head=_hash(0),
@@ -83,7 +85,7 @@ def _release(node: str, epoch: int = 1, **changes: object) -> SignedRelease:
         epoch=epoch,
         node=node,
         nodes=NODES,
-        shapley_mg_dl=(1.5 + NODES.index(node) / 8, 0.5, -0.25),
+        shapley_mg_dl=(1.5 + ELEVEN.index(node) / 8, 0.5, -0.25),
         noise_std_mg_dl=0.125,
         declared_heldout_patients=10,
         abstained=False,
@@ -555,6 +557,7 @@ def _round_with(update: SignedUpdate) -> RoundEntry:
         (6, _credit_with(pot_micro_credits=POT + 1), "do not sum to the pot"),
         (6, _credit_with(rounds=(1, 3)), "credits a round that is not in the ledger"),
         (6, _credit_with(rounds=(1, 1)), "credits a round twice"),
+        (6, _credit_with(mode="sampled-shapley-weighted-median"), "scored as exact-shapley-weighted-median"),
         (9, _credit(1), "the epoch was credited before"),
         (9, _credit(2, rounds=(2, 3)), "credits a round twice"),
         (6, _forged_release(shapley_mg_dl=(1.5, 9.0, -0.25)), "credits do not follow from releases"),
@@ -575,6 +578,44 @@ def test_a_claim_that_does_not_follow_is_found(tmp_path: Path, position: int, en
         _verify(path)
     assert caught.value.name == "ledger.db"
     assert caught.value.offset > 0
+
+
+def test_a_members_cosignature_stands_for_its_own_signatures_alone(tmp_path: Path) -> None:
+    """A false signature in a member's name is found until this member cosigns it; the full check always finds it."""
+    story = _story()
+    story[4] = _round(1, admitted=(_update("clinic-a", 1), _update("clinic-b", 1), _unsigned("clinic-c")))
+    for number, witnesses in enumerate([("clinic-a", "clinic-b"), NODES]):
+        (tmp_path / str(number)).mkdir()
+        path = _build(tmp_path / str(number), story, witnesses=witnesses)
+        with pytest.raises(Tampered, match=r"round 1\): update of clinic-c: the member's signature is wrong"):
+            verify_ledger(path, KEY.public.hex, every_signature=True)
+        if "clinic-c" in witnesses:
+            assert "clinic-c" in verify_ledger(path, KEY.public.hex).cosigned_by
+        else:
+            assert "clinic-c" in str(_finding(path))
+
+
+def _unsigned(node: str) -> SignedUpdate:
+    return _update(node, 1).model_copy(update={"signature": "0" * 128})
+
+
+@pytest.mark.parametrize("mode", ["sampled-shapley-weighted-median", "exact-shapley-weighted-median"])
+def test_credit_of_eleven_nodes_follows_from_sampled_scores(tmp_path: Path, mode: str) -> None:
+    """Above ten admitted updates credit is recomputed all the same, and must say that it rests on a sample."""
+    values = tuple(np.linspace(-0.5, 2.0, 11).tolist())
+    signed = tuple(_release(node, nodes=ELEVEN, shapley_mg_dl=values) for node in ELEVEN)
+    declared = dict.fromkeys(ELEVEN, 30)
+    lines, unpaid = credit([s.release for s in signed], ELEVEN, POT, declared)
+    rounds = [_round(n, admitted=tuple(_update(node, n) for node in ELEVEN)) for n in (1, 2)]
+    paid = _credit(1, mode=mode, lines=lines, unpaid_micro_credits=unpaid, releases=signed)
+    story = [*(_member(node) for node in ELEVEN), PlanEntry(run="run", plan_hash=_hash(7)), *rounds, paid]
+    path = _build(tmp_path, story, witnesses=())
+
+    if mode.startswith("sampled"):
+        assert sum(_verify(path).micro_credits.values()) == POT
+    else:
+        with pytest.raises(Tampered, match="scored as sampled-shapley-weighted-median"):
+            _verify(path)
 
 
 # Files.

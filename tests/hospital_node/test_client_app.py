@@ -20,7 +20,6 @@ from data_schemas.governance import DecisionEntry, Promote, Proposal, ProposalEn
 from data_schemas.ledger import ModelEntry, PlanEntry
 from data_schemas.messages import (
     Cosigned,
-    CosignTask,
     Hello,
     HelloTask,
     Installed,
@@ -37,8 +36,6 @@ from data_schemas.plan import RELATION
 from hospital_node import client_app
 from hospital_node.folder import NodeFolder
 from hospital_node.ledger_view import COPY, charter_of
-from pipeline import checkpoint, merkle
-from pipeline.checkpoint import Checkpoint
 from pipeline.model_card import CardPrivacy, ModelCard, TrainedOn, card_bytes
 from pipeline.signing import PrivateKey
 from pipeline.wire import from_record, to_record
@@ -119,9 +116,10 @@ def conversation(home: Path) -> list[tuple[Reply, Arrays]]:
     """One real reply of every kind."""
     task_plan = plan()
     weights, updates = base_weights(task_plan), updates_for(task_plan)
-    tree = merkle.Tree([merkle.leaf_hash(b"entry")])
-    note = checkpoint.sign(Checkpoint("ledger/one", 1, tree.root().hex()), AGGREGATOR)
-    cosign = CosignTask(federation=FEDERATION, checkpoint=note, old_size=0, consistency_proof=())
+    log = Log()
+    log.lines = (home / COPY).read_bytes().splitlines()
+    log.add(PlanEntry(run="run", plan_hash="0" * 64))
+    cosign = log.task(len(log.lines) - 1)
     release = ReleaseTask(federation=FEDERATION, run=RUN, epoch=1, plan=task_plan, nodes=NODES, deadline_unix=FAR)
     drowned = release.model_copy(update={"plan": DROWNED, "run": DROWNED_RUN})
     score = score_task(task_plan, weights, updates)

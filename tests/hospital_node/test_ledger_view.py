@@ -70,9 +70,7 @@ class Log:
         tree = merkle.Tree(merkle.leaf_hash(line) for line in self.lines)
         note = checkpoint.sign(Checkpoint("ledger/one", tree.size, tree.root().hex()), AGGREGATOR)
         entries = tuple(line.decode() for line in self.lines[old_size:])
-        return CosignTask(
-            federation=FEDERATION, checkpoint=note, old_size=old_size, consistency_proof=(), entries=entries
-        )
+        return CosignTask(federation=FEDERATION, checkpoint=note, old_size=old_size, entries=entries)
 
 
 @pytest.fixture

@@ -52,7 +52,8 @@ def hash_of(vector: npt.NDArray[np.float32]) -> str:
 
 
 def score_task(task_plan: TrainingPlan, base: Vector, updates: Vector, **changes: Any) -> ScoreTask:
-    step = sum(share * update.astype(np.float64) for share, update in zip(SHARES, updates, strict=True))
+    shares = changes.get("shares", SHARES)
+    step = sum(share * update.astype(np.float64) for share, update in zip(shares, updates, strict=True))
     new = (base.astype(np.float64) + task_plan.server.learning_rate * step).astype(np.float32)
     values: dict[str, Any] = {
         "federation": FEDERATION,
@@ -144,6 +145,27 @@ def test_scores_agree_with_brute_force(node_path: Path, trainable: str) -> None:
     assert len(expected) >= 2
     assert np.abs(expected).max() > 0.1
     np.testing.assert_allclose(sums(node_path), expected, atol=2e-3)
+
+
+def test_eleven_nodes_are_scored_from_a_sample(node_path: Path) -> None:
+    """Values of eleven nodes, from half of the coalitions, are close to those from all, for every patient."""
+    nodes = tuple(f"node-{number:02d}" for number in range(11))
+    task_plan = plan(local__trainable="head")
+    base, updates = base_weights(task_plan), updates_for(task_plan, 11)
+    shares = tuple(np.arange(1, 12) / 66)
+    task = score_task(task_plan, base, updates, nodes=nodes, shares=shares)
+    assert isinstance(scored(node_path, task, base, updates), Scored)
+    with NodeFolder.open(node_path) as node:
+        held_out = scoring.load_held_out(node, 60, task_plan.credit.windows_per_patient)
+    everything = np.array(list(itertools.product([False, True], repeat=11)))
+    models = scoring.coalition_models(base, updates, np.array(shares), 1.0, everything)
+    table, sizes = scoring.patient_utilities(models, held_out, 4), everything.sum(axis=1)
+    weight = np.array([1 / (11 * math.comb(10, size)) for size in range(11)])
+    joined, left = weight[sizes - 1], weight[np.minimum(sizes, 10)]
+    expected = np.stack([table @ np.where(column, joined, -left) for column in everything.T], axis=1)
+
+    assert np.abs(expected).max() > 0.1
+    np.testing.assert_allclose(sums(node_path, nodes), expected, atol=0.01 * np.ptp(expected))
 
 
 def test_updates_that_move_the_lstm_are_scored_in_full(node_path: Path) -> None:

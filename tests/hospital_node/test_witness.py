@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from data_schemas.canonical import canonical_bytes
 from data_schemas.errors import Tampered
 from data_schemas.messages import Cosigned, CosignTask, Refusal, RefusalCode, WitnessState
 from hospital_node import witness
@@ -24,18 +25,25 @@ def node_path(tmp_path: Path) -> Path:
     return make_node(tmp_path / "north", aggregator_public_key=AGGREGATOR.public.hex)
 
 
-def log(entries: int, fork: int | None = None) -> merkle.Tree:
-    """Make a log of so many entries; from entry `fork` on it tells another story."""
-    lines = (f"{'B' if fork is not None and i >= fork else 'A'}{i}".encode() for i in range(entries))
-    return merkle.Tree(merkle.leaf_hash(line) for line in lines)
+def log(entries: int, fork: int | None = None) -> list[str]:
+    """Make a log of so many entries, signed by the aggregator; from entry `fork` on it tells another story."""
+    lines = []
+    for index in range(entries):
+        run = f"{'other' if fork is not None and index >= fork else 'run'}-{index}"
+        entry = {"kind": "plan", "run": run, "plan_hash": "0" * 64}
+        content = {"index": index, "recorded_at": "2026-01-01T00:00:00+00:00", "entry": entry}
+        lines.append(canonical_bytes({**content, "signature": AGGREGATOR.sign(content)}).decode())
+    return lines
 
 
-def task(tree: merkle.Tree, old_size: int, key: PrivateKey = AGGREGATOR, origin: str = "ledger/one") -> CosignTask:
-    head = Checkpoint(origin, tree.size, tree.root().hex())
-    proof = tuple(h.hex() for h in tree.consistency_proof(old_size)) if old_size <= tree.size else ()
-    return CosignTask(
-        federation=FEDERATION, checkpoint=checkpoint.sign(head, key), old_size=old_size, consistency_proof=proof
-    )
+def head_of(lines: list[str], origin: str = "ledger/one") -> Checkpoint:
+    tree = merkle.Tree(merkle.leaf_hash(line.encode()) for line in lines)
+    return Checkpoint(origin, tree.size, tree.root().hex())
+
+
+def task(lines: list[str], old_size: int, key: PrivateKey = AGGREGATOR, origin: str = "ledger/one") -> CosignTask:
+    note = checkpoint.sign(head_of(lines, origin), key)
+    return CosignTask(federation=FEDERATION, checkpoint=note, old_size=old_size, entries=tuple(lines[old_size:]))
 
 
 def asked(path: Path, question: CosignTask) -> Cosigned | WitnessState | Refusal:
@@ -51,8 +59,7 @@ def test_a_growing_log_is_cosigned(node_path: Path) -> None:
         answer = asked(node_path, task(log(size), old_size))
 
         assert isinstance(answer, Cosigned)
-        head = Checkpoint("ledger/one", size, log(size).root().hex())
-        assert checkpoint.verify_cosignature(head, answer.cosignature, "north", public) == AT
+        assert checkpoint.verify_cosignature(head_of(log(size)), answer.cosignature, "north", public) == AT
 
 
 def test_a_witness_says_where_it_stands(node_path: Path) -> None:
@@ -104,6 +111,7 @@ def test_it_remembers_before_it_answers(node_path: Path, monkeypatch: pytest.Mon
     monkeypatch.undo()
 
     assert WitnessState(size=5) == asked(node_path, task(log(8, fork=2), 0))
+    assert Refusal(code=RefusalCode.LEDGER_FORK) == asked(node_path, task(log(8, fork=2), 5))
 
 
 def test_a_damaged_memory_is_not_an_empty_one(node_path: Path) -> None:
