@@ -146,7 +146,7 @@ def _credit_fault(entry: CreditEntry, so_far: Replay) -> str:
 def _epoch_fault(entry: CreditEntry, rounds: set[tuple[str, int]], so_far: Replay) -> str:
     if (entry.run, entry.epoch) in so_far.epochs:
         return "the epoch was credited before"
-    if rounds - so_far.rounds.keys():
+    if not all(place in so_far.rounds for place in rounds):
         return "it credits a round that is not in the ledger"
     if rounds & so_far.paid_rounds or len(rounds) != len(entry.rounds):
         return "it credits a round twice"
