@@ -24,7 +24,7 @@ from data_schemas.plan import AggregationRule, TrainingPlan
 from hospital_node.cohorts import held_out_windows, training_windows
 from hospital_node.folder import NodeFolder
 from hospital_node.release import noise_std_mg_dl
-from hospital_node.scoring import HeldOut, coalition_models, heldout_of, patient_utilities
+from hospital_node.scoring import HeldOut, coalition_utilities, heldout_of, model_utilities, weighted_steps
 from pipeline.accounting import calibrate
 from pipeline.contribution import credit
 from pipeline.demo import PLAN, SITES
@@ -190,14 +190,15 @@ def run(scenario: Scenario, who: People, plan: TrainingPlan, start: Vector) -> O
         shares = patients[admitted] / patients[admitted].sum()
         factors = norm_factors(updates, tuple(shares), scenario.rule)
         game = game_of(len(admitted), b"")
-        models = coalition_models(weights, updates, factors * shares, plan.server.learning_rate, game.coalitions)
-        total[:, admitted] += game.values(patient_utilities(models, who.heldout, plan.model.hidden_size))
+        steps = weighted_steps(updates, factors * shares, plan.server.learning_rate)
+        size = plan.model.hidden_size
+        total[:, admitted] += game.values(coalition_utilities(weights, steps, game.coalitions, who.heldout, size))
         score_s += time.perf_counter() - begun
         cosine = max(cosine, *(_cosine(rows[0], v) for v in (*rows[1:4], rows[5], last_step)))
         step = plan.server.learning_rate * mean_of(updates, tuple(shares), scenario.rule)
         last_step = step.astype(np.float32)
         weights = (weights.astype(np.float64) + step).astype(np.float32)
-    rmse = -patient_utilities([weights[None]], who.heldout, plan.model.hidden_size).mean()
+    rmse = -model_utilities(weights, who.heldout, plan.model.hidden_size).mean()
     return Outcome(scenario, total, float(rmse), train_s, score_s, cosine, rejected)
 
 

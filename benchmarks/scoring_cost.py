@@ -15,16 +15,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.credit import joined, local_plan
+from benchmarks.credit import joined
 from data_schemas.plan import TrainingPlan
 from hospital_node.cohorts import held_out_windows, training_windows
 from hospital_node.folder import NodeFolder
-from hospital_node.scoring import coalition_models, heldout_of, patient_utilities
+from hospital_node.scoring import coalition_utilities, heldout_of, weighted_steps
 from pipeline.demo import PLAN, SITES
 from pipeline.forecaster import ForecasterSpec
 from pipeline.noise import SeededNoise
 from pipeline.plans import load_plan
-from pipeline.private_training import train_steps
+from pipeline.private_training import LocalPlan, train_steps
 from pipeline.shapley import game_of
 from pipeline.windows import Series, WindowSpec, cut_windows
 
@@ -44,19 +44,19 @@ def measure(
     seconds = {"train": np.inf, "score": np.inf}
     parts = list(zip(dealt(training), dealt(heldout), strict=True))
     windows = [(cut_windows(own, spec), heldout_of(cut_windows(aside, spec), 32)) for own, aside in parts]
-    game = game_of(hospitals, b"cost")
+    game, local = game_of(hospitals, b"cost"), LocalPlan.of(plan, plan.privacy.noise_multiplier)
     for repeat in range(2):
         begun = time.process_time()
         updates = [
-            train_steps(start, model, own, local_plan(plan), len(own.series.patients), SeededNoise(repeat)).delta
+            train_steps(start, model, own, local, len(own.series.patients), SeededNoise(repeat)).delta
             for own, _ in windows
         ]
         seconds["train"] = min(seconds["train"], time.process_time() - begun)
         stacked = np.stack([updates[place % HOSPITALS] for place in range(hospitals)])
         begun = time.process_time()
         for _, aside in windows:
-            models = coalition_models(start, stacked, np.full(hospitals, 1 / hospitals), 1.0, game.coalitions)
-            game.values(patient_utilities(models, aside, plan.model.hidden_size))
+            steps = weighted_steps(stacked, np.full(hospitals, 1 / hospitals), 1.0)
+            game.values(coalition_utilities(start, steps, game.coalitions, aside, plan.model.hidden_size))
         seconds["score"] = min(seconds["score"], time.process_time() - begun)
     return seconds
 

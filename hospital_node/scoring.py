@@ -9,7 +9,6 @@ be summed first.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,6 +25,7 @@ from pipeline.robust import mean_of, norm_factors, stepped
 from pipeline.shapley import MAX_NODES, game_of
 
 if TYPE_CHECKING:
+    from pipeline.forecaster import ForecasterSpec
     from pipeline.windows import Windows
 
 Vector = NDArray[np.float32]
@@ -79,9 +79,8 @@ def shapley_by_patient(
     """Shapley vector float64[n], in mg/dL, of every held-out patient; from a sample above ten nodes."""
     game = game_of(len(task.nodes), coalition_seed(task))
     factors = norm_factors(updates, task.shares, task.plan.server.rule)
-    shares = factors * np.array(task.shares)
-    models = coalition_models(base, updates, shares, task.plan.server.learning_rate, game.coalitions)
-    utilities = patient_utilities(models, held_out, task.plan.model.hidden_size)
+    steps = weighted_steps(updates, factors * np.array(task.shares), task.plan.server.learning_rate)
+    utilities = coalition_utilities(base, steps, game.coalitions, held_out, task.plan.model.hidden_size)
     return dict(zip(held_out.patients, game.values(utilities), strict=True))
 
 
@@ -91,46 +90,69 @@ def coalition_seed(task: ScoreTask) -> bytes:
     return bytes.fromhex(content_hash(told))
 
 
-def coalition_models(
-    base: Vector, updates: Vector, shares: NDArray[np.float64], learning_rate: float, coalitions: NDArray[np.bool_]
-) -> Iterator[Vector]:
-    """Weights float32[k, D], base + learning_rate * sum over S of share_i * update_i; some coalitions at a time."""
-    weighted = learning_rate * shares[:, None] * updates.astype(np.float64)
-    for start in range(0, len(coalitions), _AT_A_TIME):
-        yield (base + coalitions[start : start + _AT_A_TIME] @ weighted).astype(np.float32)
+def weighted_steps(updates: Vector, shares: NDArray[np.float64], learning_rate: float) -> NDArray[np.float64]:
+    """float64[n, D]: what each update adds to the model of a coalition that holds it."""
+    return learning_rate * shares[:, None] * updates.astype(np.float64)
 
 
-def patient_utilities(models: Iterable[Vector], held_out: HeldOut, hidden_size: int) -> NDArray[np.float64]:
+def coalition_utilities(
+    base: Vector, steps: NDArray[np.float64], coalitions: NDArray[np.bool_], held_out: HeldOut, hidden_size: int
+) -> NDArray[np.float64]:
     """Return utilities float64[P, m]: minus the mean of a patient's RMSE at 30 and at 60 minutes, in mg/dL.
 
-    models: weights float32[k, D], some at a time. A patient without a target at a horizon has 0 there for every model,
-    which is worth nothing to anybody.
+    The model of coalition S, bool[m, n], is base[D] plus the sum of its members' steps[n, D]. Where steps move the
+    heads alone, all models share the LSTM's features, and only the heads that are scored are ever made. A patient
+    without a target at a horizon has 0 there for every model, which is worth nothing to anybody.
     """
-    parts = [
-        _utility(forecast, held_out) for weights in models for forecast in _forecasts(weights, held_out, hidden_size)
-    ]
-    return np.concatenate(parts, axis=1) if parts else np.zeros((len(held_out.patients), 0))
-
-
-def _forecasts(weights: Vector, held_out: HeldOut, hidden_size: int) -> Iterator[Vector]:
-    """Forecasts float32[k, 2, W] in mg/dL of models float32[k, D]; those that share their LSTM share its features."""
     import torch
 
-    from pipeline.forecaster import Forecaster, ForecasterSpec, head_count, load_flat, mean_heads
+    from pipeline.forecaster import ForecasterSpec, mean_head_slice
 
     torch.set_num_threads(1)  # nodes may share a machine: more threads than cores slow everybody down
-    spec = ForecasterSpec(hidden_size=hidden_size)
-    model, x = Forecaster(spec), torch.from_numpy(held_out.x)
-    trunks = weights[:, : -head_count(spec)]
-    shared = len(weights) > 0 and bool((trunks == trunks[0]).all())
+    spec, parts = ForecasterSpec(hidden_size=hidden_size), []
+    scored = mean_head_slice(spec)
+    shared = not steps[:, : scored.start].any()
+    encoded = _encoded(base, held_out, spec) if shared else None
+    for start in range(0, len(coalitions), _AT_A_TIME):
+        chosen = coalitions[start : start + _AT_A_TIME]
+        heads = (base[scored] + chosen @ steps[:, scored]).astype(np.float32)
+        if encoded is not None:
+            parts.append(_utility(_forecasts(heads, encoded, held_out), held_out))
+            continue
+        for members, head in zip(chosen, heads, strict=True):
+            own = _encoded((base + members @ steps).astype(np.float32), held_out, spec)
+            parts.append(_utility(_forecasts(head[None], own, held_out), held_out))
+    return np.concatenate(parts, axis=1)
+
+
+def model_utilities(weights: Vector, held_out: HeldOut, hidden_size: int) -> NDArray[np.float64]:
+    """Return the utility float64[P] of one model float32[D]."""
+    none = np.zeros((0, len(weights))), np.zeros((1, 0), dtype=np.bool_)
+    return coalition_utilities(weights, *none, held_out, hidden_size)[:, 0]
+
+
+def _encoded(weights: Vector, held_out: HeldOut, spec: ForecasterSpec) -> Vector:
+    """Features of every window, float32[W, 2H+1]."""
+    import torch
+
+    from pipeline.forecaster import unflatten
+
+    model = unflatten(weights, spec)
+    if not len(held_out.x):
+        return np.zeros((0, 2 * spec.hidden_size + 1), dtype=np.float32)
     with torch.inference_mode():
-        for part in [weights] if shared else weights[:, None]:
-            load_flat(model, part[0])
-            encoded = model.encode(x).numpy() if len(x) else np.zeros((0, 2 * hidden_size + 1), dtype=np.float32)
-            weight, bias = mean_heads(part, spec)
-            change = weight[:, _COLUMNS].reshape(-1, weight.shape[-1]) @ encoded.T
-            change = change.reshape(len(part), len(_COLUMNS), -1) + bias[:, _COLUMNS, None]
-            yield (held_out.last + change).clip(SENSOR_MIN_MG_DL, SENSOR_MAX_MG_DL)
+        encoded: Vector = model.encode(torch.from_numpy(held_out.x)).numpy()
+    return encoded
+
+
+def _forecasts(heads: Vector, encoded: Vector, held_out: HeldOut) -> Vector:
+    """Forecasts float32[k, 2, W] in mg/dL of flat mean heads [k, ...] on features [W, 2H+1]."""
+    from pipeline.forecaster import mean_heads
+
+    weight, bias = mean_heads(heads)
+    change = weight[:, _COLUMNS].reshape(-1, encoded.shape[1]) @ encoded.T
+    change = change.reshape(len(heads), len(_COLUMNS), -1) + bias[:, _COLUMNS, None]
+    return (held_out.last + change).clip(SENSOR_MIN_MG_DL, SENSOR_MAX_MG_DL)
 
 
 def load_held_out(node: NodeFolder, history_minutes: int, windows_per_patient: int) -> HeldOut:

@@ -237,19 +237,19 @@ def weight_count(spec: ForecasterSpec) -> int:
     return 4 * size * (spec.features + size + 1) + (width + 1) * (width + outputs)
 
 
-def head_count(spec: ForecasterSpec) -> int:
-    """Count the weights of both heads: the last ones of the flat weights."""
-    return (2 * spec.hidden_size + 2) * HORIZONS * (1 + len(QUANTILES))
+def mean_head_slice(spec: ForecasterSpec) -> slice:
+    """Place of the mean head in the flat weights; what lies before it makes the features, the quantile head follows."""
+    size = 2 * spec.hidden_size + 2
+    end = weight_count(spec) - size * HORIZONS * len(QUANTILES)
+    return slice(end - size * HORIZONS, end)
 
 
 def mean_heads(
-    weights: npt.NDArray[np.float32], spec: ForecasterSpec
+    heads: npt.NDArray[np.float32],
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """Read the mean heads of flat weights [k, D]: weight [k, 12, 2H+1] and bias [k, 12], to residuals in mg/dL."""
-    width, scale = 2 * spec.hidden_size + 1, np.array(RESIDUAL_SCALE_MG_DL, dtype=np.float32)
-    heads = weights[:, weights.shape[1] - head_count(spec) :][:, : (width + 1) * HORIZONS]
-    weight = heads[:, : width * HORIZONS].reshape(-1, HORIZONS, width)
-    return weight * scale[:, None], heads[:, width * HORIZONS :] * scale
+    """Read flat mean heads [k, 12 (2H+2)]: weight [k, 12, 2H+1] and bias [k, 12], features to mg/dL."""
+    scale, split = np.array(RESIDUAL_SCALE_MG_DL, dtype=np.float32), heads.shape[1] - HORIZONS
+    return heads[:, :split].reshape(len(heads), HORIZONS, -1) * scale[:, None], heads[:, split:] * scale
 
 
 def predict(

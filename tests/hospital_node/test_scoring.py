@@ -158,8 +158,8 @@ def test_eleven_nodes_are_scored_from_a_sample(node_path: Path) -> None:
     with NodeFolder.open(node_path) as node:
         held_out = scoring.load_held_out(node, 60, task_plan.credit.windows_per_patient)
     everything = np.array(list(itertools.product([False, True], repeat=11)))
-    models = scoring.coalition_models(base, updates, np.array(shares), 1.0, everything)
-    table, sizes = scoring.patient_utilities(models, held_out, 4), everything.sum(axis=1)
+    steps, sizes = scoring.weighted_steps(updates, np.array(shares), 1.0), everything.sum(axis=1)
+    table = scoring.coalition_utilities(base, steps, everything, held_out, 4)
     weight = np.array([1 / (11 * math.comb(10, size)) for size in range(11)])
     joined, left = weight[sizes - 1], weight[np.minimum(sizes, 10)]
     expected = np.stack([table @ np.where(column, joined, -left) for column in everything.T], axis=1)
