@@ -62,7 +62,7 @@ class Times(Frozen):
     formats: strptime, or "epoch_ms" and "epoch_s" for milliseconds and seconds since 1970 UTC.
     order = "declared": a stamp is read by the first format that fits. order = "auto": exactly one of the formats
     must fit every stamp of the export, or of each file (a day above 12 decides between DD/MM and MM/DD); when
-    several fit and disagree, the import is refused.
+    several fit and disagree, the import is refused. order = "file": of each file alone.
     clock_only: the stamps have no date; a new day begins whenever the clock goes back, and the first day is
     origin_date.
     counter: a column with seconds that a clock change does not touch, counted by the device in counter_of: settles
@@ -72,7 +72,7 @@ class Times(Frozen):
     columns: tuple[str, ...] = Field(min_length=1)
     joined: bool = False
     formats: tuple[str, ...] = Field(min_length=1)
-    order: Literal["declared", "auto"] = "declared"
+    order: Literal["declared", "auto", "file"] = "declared"
     clock_only: bool = False
     origin_date: date | None = None
     counter: str | None = None

@@ -2,6 +2,7 @@
 
 The windows of the last stores are kept for as long as the process lives: every message of a round asks for them, and
 reading, checking and cutting cost more than a round's arithmetic. An import changes the store's state and thus the key.
+They are views of arrays that lie in files, so a store of any size is trained on in the memory of a batch.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hospital_node.folder import NodeFolder
+from hospital_node.scratch import scratch
 from hospital_node.split import heldout
 from hospital_node.store import Store
 
@@ -41,11 +43,12 @@ def _of(node: NodeFolder, history_minutes: int) -> tuple[Windows, Windows]:
 def _cut(
     store: Path, _state: tuple[str, ...], key: bytes, fraction: float, history_minutes: int
 ) -> tuple[Windows, Windows]:
-    """Training and held-out windows of one state of a store.."""
+    """Training and held-out windows of one state of a store."""
     from pipeline.windows import WindowSpec, cut_windows
 
-    series, spec = Store(store).series(), WindowSpec(history_minutes=history_minutes)
-    held_out = {patient for patient in series.patients if heldout(patient, key, fraction)}
-    parts = ([p for p in series.patients if p not in held_out], sorted(held_out))
-    training, aside = (cut_windows(series.select(part), spec) for part in parts)
-    return training, aside
+    held, spec, allocate = Store(store), WindowSpec(history_minutes=history_minutes), scratch(store)
+    people = held.patients()
+    aside = {patient for patient in people if heldout(patient, key, fraction)}
+    parts = (frozenset(people) - aside, aside)
+    training, held_out = (cut_windows(held.series(part), spec, allocate=allocate) for part in parts)
+    return training, held_out

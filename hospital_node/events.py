@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from data_schemas.layout import Channel, Layout
-from hospital_node.export_files import ExportFile, outer, read_files
+from hospital_node.export_files import outer, read_files, refuse_if_changed
 from hospital_node.rows import Raw, pseudonyms, read_raw, stamps_of
 
 # An event without a reading in the half hour after it belongs to a time the sensor did not see.
@@ -17,35 +18,37 @@ _REACH = pd.Timedelta(minutes=30)
 _SUMMED = ("carbs_g", "bolus_u")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Elsewhere:
-    """Where files of channels lie and how to read them."""
+    """Where files of channels lie and how to read them; what was read stays for the other parts of the import."""
 
     folder: Path
     layout: Layout
     zone: str | None
     key: bytes
 
+    @cached_property
+    def events(self) -> dict[int, pd.DataFrame]:
+        """Events of the channels with files of their own, by the channel's number. Raises BadInput."""
+        return {n: _read_events(c, self) for n, c in enumerate(self.layout.channels) if c.files is not None}
 
-def add_channels(frame: pd.DataFrame, readings: Raw, others: Raw, elsewhere: Elsewhere) -> tuple[ExportFile, ...]:
-    """Fill the channel columns of `frame` (rows as in `readings`) and return the files read for it.
+
+def add_channels(frame: pd.DataFrame, readings: Raw, others: Raw, elsewhere: Elsewhere) -> None:
+    """Fill the channel columns of `frame` (rows as in `readings`).
 
     others: rows of the same files that are no readings.
     """
     layout = elsewhere.layout
-    read: tuple[ExportFile, ...] = ()
     inside = [channel for channel in layout.channels if channel.files is None]
     timed = _timed(others, elsewhere) if inside and len(others.file) else None
     for number, channel in enumerate(inside):
         _put(frame, channel, readings.table[f"c{number}"])
         if timed is not None:
             _put(frame, channel, _attach(frame, _events(timed, others.table[f"c{number}"], channel), channel.name))
-    for channel in layout.channels:
-        if channel.files is not None:
-            events, files = _read_events(channel, elsewhere)
-            read += files
-            _put(frame, channel, _attach(frame, events, channel.name))
-    return read
+    people = set(frame["patient"].unique())
+    for number, events in elsewhere.events.items():
+        channel = layout.channels[number]
+        _put(frame, channel, _attach(frame, events[events["patient"].isin(people)], channel.name))
 
 
 def _put(frame: pd.DataFrame, channel: Channel, value: pd.Series) -> None:
@@ -63,7 +66,7 @@ def _timed(raw: Raw, elsewhere: Elsewhere) -> pd.DataFrame:
     if filled.any():
         carrying = raw.where(filled)
         at = stamps_of(carrying, elsewhere.layout, elsewhere.zone).measured_at
-        timed.loc[filled, "patient"] = pseudonyms(carrying, elsewhere.layout, elsewhere.key)
+        timed.loc[filled, "patient"] = pseudonyms(carrying, elsewhere.layout, elsewhere.key).to_numpy()
         timed.loc[filled, "measured_at"] = at.set_axis(timed.index[filled])
     return timed
 
@@ -73,15 +76,17 @@ def _events(timed: pd.DataFrame, value: pd.Series, channel: Channel) -> pd.DataF
     return events.drop_duplicates() if channel.distinct else events
 
 
-def _read_events(channel: Channel, elsewhere: Elsewhere) -> tuple[pd.DataFrame, tuple[ExportFile, ...]]:
+def _read_events(channel: Channel, elsewhere: Elsewhere) -> pd.DataFrame:
     """Return patient, measured_at and value of the events in the channel's own files; without files there are none."""
     pattern = channel.files or ""
     if not any(elsewhere.folder.glob(outer(pattern))):
-        return pd.DataFrame({"patient": [], "measured_at": [], "value": []}), ()
+        return pd.DataFrame({"patient": [], "measured_at": [], "value": []})
     files = read_files(elsewhere.folder, pattern)
     own = channel.model_copy(update={"files": None, "time_columns": ()})
     raw = read_raw(files, elsewhere.layout, (own,), channel.time_columns, glucose=False)
-    return _events(_timed(raw, elsewhere), raw.table["c0"], channel), files
+    events = _events(_timed(raw, elsewhere), raw.table["c0"], channel)
+    refuse_if_changed(files)
+    return events
 
 
 def _attach(frame: pd.DataFrame, events: pd.DataFrame, name: str) -> pd.Series:

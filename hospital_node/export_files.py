@@ -13,7 +13,7 @@ import hashlib
 import io
 import zipfile
 import zlib
-from collections.abc import Container
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -65,12 +65,15 @@ def read_files(folder: Path, pattern: str, only: Container[Path] | None = None) 
 
     A pattern such as `*.zip/cgm*.csv` gives the matching members of every archive. Raises BadInput when there is none.
     """
+    return tuple(each_file(folder, pattern, only))
+
+
+def each_file(folder: Path, pattern: str, only: Container[Path] | None = None) -> Iterator[ExportFile]:
+    """Yield what read_files returns, one at a time."""
     paths, (_, _, inner) = find_files(folder, pattern), pattern.partition(".zip/")
-    files: list[ExportFile] = []
     for number, path in enumerate(paths, start=1):
         if only is None or path in only:
-            files += _read_path(path, f"file {number} of {len(paths)} in name order", inner)
-    return tuple(files)
+            yield from _read_path(path, f"file {number} of {len(paths)} in name order", inner)
 
 
 def outer(pattern: str) -> str:
@@ -89,9 +92,12 @@ def refuse_if_changed(files: tuple[ExportFile, ...]) -> None:
         except OSError:
             same = False
         if not same:
-            raise BadInput(
-                f"{file.label} changed while it was imported", "wait until the export is complete and import it again"
-            )
+            raise changed(file.label)
+
+
+def changed(label: str) -> BadInput:
+    """Return the refusal of a file that somebody still writes."""
+    return BadInput(f"{label} changed while it was imported", "wait until the export is complete and import it again")
 
 
 def text_of(file: ExportFile, encoding: str) -> str:

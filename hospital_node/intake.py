@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -15,11 +16,12 @@ from data_schemas.layout import Interpolation, Layout
 from data_schemas.reading import COLUMNS, Flag, Readings
 from data_schemas.units import MG_DL_PER_MMOL_L, SENSOR_MAX_MG_DL, SENSOR_MIN_MG_DL
 from hospital_node.events import Elsewhere, add_channels
-from hospital_node.export_files import read_files, refuse_if_changed
-from hospital_node.rows import Raw, number, pseudonym, pseudonyms, read_raw, stamps_of
+from hospital_node.export_files import ExportFile, read_files, refuse_if_changed
+from hospital_node.parts import split
+from hospital_node.rows import Raw, number, pseudonym, pseudonyms, read_raw, repeated, stamps_of
 from hospital_node.stamps import Stamps, zone_of
 
-__all__ = ["KEY_BYTES", "pseudonym", "read_exports"]
+__all__ = ["KEY_BYTES", "Part", "pseudonym", "read_exports", "read_parts"]
 
 Bool: TypeAlias = npt.NDArray[np.bool_]
 Int: TypeAlias = npt.NDArray[np.int64]
@@ -29,22 +31,63 @@ KEY_BYTES = 32
 _UNIT_BORDER = 35.0
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Everything of some of the people of an import.
+
+    rows_by_file: rows in, by the file's SHA-256.  labels: what errors and reports call the files.
+    """
+
+    readings: Readings
+    rows_by_file: Mapping[str, int]
+    labels: Mapping[str, str]
+
+
 def read_exports(
     folder: Path, layout: Layout, zone: str | None, pseudonym_key: bytes, only: Container[Path] | None = None
 ) -> Readings:
     """Return every reading of the export in `folder`, in canonical columns (COLUMNS), in file and line order.
+
+    As read_parts, in one part: what is read must fit the memory.
+    """
+    elsewhere = _checked(folder, layout, zone, pseudonym_key)
+    return _read(read_files(folder, layout.glucose_files, only), elsewhere, first_row=0).readings
+
+
+def read_parts(
+    folder: Path, layout: Layout, zone: str | None, pseudonym_key: bytes, only: Container[Path] | None = None
+) -> Iterator[Part]:
+    """Yield the readings of the export in `folder` in parts of bounded size that hold different people.
 
     zone: IANA name from the node's settings; None takes the layout's. pseudonym_key: 32 secret bytes of this node.
     only: read these glucose files alone. Values that do not parse stay as rows without a value (Flag.UNREADABLE) or
     without a time; validation quarantines them. Raises BadInput for a missing column, an empty or truncated file, an
     ambiguous or contradicted date order or unit, an unknown zone, and a file that changed meanwhile.
     """
+    elsewhere = _checked(folder, layout, zone, pseudonym_key)
+    parts = split(folder, layout, only)
+    elsewhere = replace(elsewhere, layout=parts.layout(layout))
+    rows = 0
+    for at in range(len(parts.paths)):
+        files = parts.read(folder, layout, at)
+        part = _read(files, elsewhere, first_row=rows)
+        rows += part.readings.rows_in
+        yield part
+    parts.refuse_if_changed()
+
+
+def _checked(folder: Path, layout: Layout, zone: str | None, pseudonym_key: bytes) -> Elsewhere:
     if len(pseudonym_key) < KEY_BYTES:
         raise BadInput("the pseudonym key is too short", f"give {KEY_BYTES} random bytes, kept at this node for ever")
     zone_name = zone or layout.zone
     if zone_name is not None:
         zone_of(zone_name)
-    files = read_files(folder, layout.glucose_files, only)
+    return Elsewhere(folder, layout, zone_name, pseudonym_key)
+
+
+def _read(files: tuple[ExportFile, ...], elsewhere: Elsewhere, first_row: int) -> Part:
+    """Return what these files hold; rows are numbered from first_row on."""
+    layout, zone_name = elsewhere.layout, elsewhere.zone
     beside = tuple(channel for channel in layout.channels if channel.files is None)
     everything = read_raw(files, layout, beside, layout.time.columns, glucose=True)
     rows = everything.table["reading"].to_numpy(dtype=np.bool_)
@@ -56,20 +99,32 @@ def read_exports(
         flags = flags | np.where(made, int(Flag.INTERPOLATED), 0)
     flags = flags | np.where(stamps.clock_change, int(Flag.CLOCK_CHANGE), 0)
     frame = _frame(raw, stamps, glucose, flags, zone_name or "UTC")
-    frame["patient"] = pseudonyms(raw, layout, pseudonym_key)
-    elsewhere = Elsewhere(folder, layout, zone_name, pseudonym_key)
-    read = files + add_channels(frame, raw, everything.where(~rows), elsewhere)
-    refuse_if_changed(read)
-    return Readings(frame[list(COLUMNS)].astype(COLUMNS), len(frame))
+    frame["patient"] = pseudonyms(raw, layout, elsewhere.key)
+    add_channels(frame, raw, everything.where(~rows), elsewhere)
+    refuse_if_changed(files)
+    frame["row"] += first_row
+    counts = np.bincount(raw.file, minlength=len(files)).tolist()
+    rows_by_file: dict[str, int] = {}
+    for file, count in zip(files, counts, strict=True):
+        rows_by_file[file.sha256] = rows_by_file.get(file.sha256, 0) + count
+    return Part(
+        Readings(frame[list(COLUMNS)].astype(COLUMNS), len(frame)),
+        rows_by_file,
+        {file.sha256: file.label for file in reversed(files)},
+    )
 
 
 def _glucose(raw: Raw, layout: Layout) -> tuple[npt.NDArray[np.float64], Int]:
     """mg/dL (nan: none) and flags of every row. Raises BadInput when a file's values contradict its unit."""
-    column, text = layout.glucose, raw.table["glucose"].str.strip()
-    value = number(text, layout)
-    unit = raw.table["unit"].str.strip().str.casefold()
-    mmol = unit.isin(["mmol/l", "mmol"]).to_numpy()
-    unknown = ~(mmol | unit.isin(["mg/dl"]).to_numpy()) & ~np.isnan(value)
+    column = layout.glucose
+    unit_code, units = pd.factorize(raw.table["unit"])
+    unit = pd.Series(units, dtype="str").str.strip().str.casefold()
+    mmol = np.append(unit.isin(["mmol/l", "mmol"]), False)[unit_code].astype(np.bool_)
+    mg_dl = np.append(unit.isin(["mg/dl"]), False)[unit_code].astype(np.bool_)
+    code, words = pd.factorize(raw.table["glucose"])
+    text = pd.Series(words, dtype="str").str.strip()
+    value = np.append(number(text, layout), np.nan)[code]
+    unknown = ~(mmol | mg_dl) & ~np.isnan(value)
     if unknown.any():
         raise BadInput(
             f"{raw.labels[raw.file[int(np.argmax(unknown))]]} has readings without a unit, or in one that is not known",
@@ -78,10 +133,10 @@ def _glucose(raw: Raw, layout: Layout) -> tuple[npt.NDArray[np.float64], Int]:
     _refuse_wrong_unit(value, mmol, raw)
     value = np.where(mmol, value * MG_DL_PER_MMOL_L, value)
     folded = text.str.casefold()
-    low = folded.isin([word.casefold() for word in column.low_words]).to_numpy()
-    high = folded.isin([word.casefold() for word in column.high_words]).to_numpy()
+    low = np.append(folded.isin([word.casefold() for word in column.low_words]), False)[code].astype(np.bool_)
+    high = np.append(folded.isin([word.casefold() for word in column.high_words]), False)[code].astype(np.bool_)
     value = np.select([low, high], [SENSOR_MIN_MG_DL, SENSOR_MAX_MG_DL], value)
-    unreadable = np.isnan(value) & text.notna().to_numpy()
+    unreadable = np.isnan(value) & (code >= 0)
     flags = np.select([low, high, unreadable], [Flag.CENSORED_LOW, Flag.CENSORED_HIGH, Flag.UNREADABLE], 0)
     return value, flags.astype(np.int64)
 
@@ -127,15 +182,14 @@ def _filled_line(value: npt.NDArray[np.float64], second: Int, file: Int, shortes
 
 
 def _frame(raw: Raw, stamps: Stamps, glucose: npt.NDArray[np.float64], flags: Int, zone: str) -> pd.DataFrame:
-    hashes = np.array([file.sha256 for file in raw.files], dtype=object)
     frame = pd.DataFrame(
         {
             "row": np.arange(len(raw.table), dtype=np.int64),
             "measured_at": stamps.measured_at,
-            "zone": zone,
+            "zone": repeated([zone], np.zeros(len(raw.table), dtype=np.int64)),
             "glucose_mg_dl": glucose,
             "flags": flags,
-            "source": hashes[raw.file],
+            "source": repeated([file.sha256 for file in raw.files], raw.file),
         }
     )
     for name in ("carbs_g", "bolus_u", "basal_u_per_h", "heart_rate"):

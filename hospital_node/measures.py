@@ -85,23 +85,38 @@ def measure_series(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def measure_people(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return one row for each person: days from first to last reading, and the share of readings missing between.
+    """Return one row for each person: days from first to last reading, readings, and what is missing between.
 
-    The sensor's interval is the person's median step; a step is missing what it is longer than that.
+    The sensor's interval is the person's median step, and `expected` the readings that it promises between the first
+    and the last; a step is missing what it is longer than that.
     """
     person, second, _ = _columns(frame)
-    step = pd.Series(np.where(_same(person), np.diff(second, prepend=0), np.nan)).groupby(frame["patient"].to_numpy())
+    _, names = pd.factorize(frame["patient"])
+    step = pd.Series(np.where(_same(person), np.diff(second, prepend=0), np.nan)).groupby(person)
     span, usual = step.sum(), step.median()
     expected = (span / usual.where(usual > 0)).fillna(0.0)
     count = step.size()
     missing = (1 - (count - 1) / expected.where(expected > 0)).clip(lower=0).fillna(0.0)
-    people = pd.DataFrame({"days": span / 86_400, "share_missing": missing, "readings": count})
-    return people.rename_axis("patient").reset_index()
+    return pd.DataFrame(
+        {
+            "patient": pd.Series(names, dtype="str"),
+            "days": span / 86_400,
+            "share_missing": missing,
+            "readings": count,
+            "expected": np.maximum(expected + 1, count),
+        }
+    )
+
+
+def seconds_of(frame: pd.DataFrame) -> Int:
+    """Return int64[N], UTC epoch seconds; the smallest number where there is no time."""
+    second: Int = frame["measured_at"].dt.tz_localize(None).to_numpy().astype("datetime64[s]").astype(np.int64)
+    return second
 
 
 def _columns(frame: pd.DataFrame) -> tuple[Int, Int, Float]:
-    second = frame["measured_at"].dt.tz_localize(None).to_numpy().astype("datetime64[s]").astype(np.int64)
-    return pd.factorize(frame["patient"])[0].astype(np.int64), second, frame["glucose_mg_dl"].to_numpy(np.float64)
+    person = pd.factorize(frame["patient"])[0].astype(np.int64)
+    return person, seconds_of(frame), frame["glucose_mg_dl"].to_numpy(np.float64)
 
 
 def _same(values: Int | Float) -> npt.NDArray[np.bool_]:

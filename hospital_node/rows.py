@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import hmac
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -48,6 +49,8 @@ class Raw:
 
     def where(self, rows: Bool) -> Raw:
         """Return these rows only."""
+        if rows.all():
+            return self
         return Raw(self.table[rows].reset_index(drop=True), self.file[rows], self.files)
 
 
@@ -72,27 +75,8 @@ def _rows_of(
 ) -> pd.DataFrame:
     """Return one file's rows as Raw.table describes them."""
     glucose, times = layout.glucose, layout.time
-    quantity = glucose.columns if with_glucose else ()
-    events = tuple(name for channel in channels for name in channel.columns)
-    filters = [glucose.only if with_glucose else {}, *(channel.only for channel in channels)]
-    wanted = Wanted(
-        stamp,
-        joined=times.joined,
-        quantity=quantity + events if layout.reader != "delimited" or layout.preamble else quantity or events,
-        other=(
-            *layout.identity.columns,
-            *(name for only in filters for name in only),
-            *(name for name in (glucose.unit_column, times.counter, times.counter_of) if name),
-            *events,
-        ),
-        sparse=not with_glucose,
-    )
-    table = read_table(file, layout, wanted)
-    if layout.identity.columns and not set(layout.identity.columns) & set(table.columns):
-        raise BadInput(
-            f"{file.label} has no column {' or '.join(map(repr, layout.identity.columns))}",
-            "add the name of the column that tells the patient to the layout's identity.columns",
-        )
+    table = read_table(file, layout, _wanted(layout, channels, stamp, with_glucose=with_glucose))
+    _refuse_no_identity(file, layout, table)
     value, unit = _glucose_text(table, layout)
     reading = counts(table, glucose.only) & (value.notna().to_numpy() if glucose.filled else True)
     rows: dict[str, Any] = {
@@ -106,6 +90,45 @@ def _rows_of(
     }
     rows |= {f"c{at}": _quantity(table, channel, layout) for at, channel in enumerate(channels)}
     return pd.DataFrame(rows, index=table.index)
+
+
+def _wanted(layout: Layout, channels: tuple[Channel, ...], stamp: tuple[str, ...], *, with_glucose: bool) -> Wanted:
+    glucose, times = layout.glucose, layout.time
+    quantity = glucose.columns if with_glucose else ()
+    events = tuple(name for channel in channels for name in channel.columns)
+    filters = [glucose.only if with_glucose else {}, *(channel.only for channel in channels)]
+    return Wanted(
+        stamp,
+        joined=times.joined,
+        quantity=quantity + events if layout.reader != "delimited" or layout.preamble else quantity or events,
+        other=(
+            *layout.identity.columns,
+            *(name for only in filters for name in only),
+            *(name for name in (glucose.unit_column, times.counter, times.counter_of) if name),
+            *events,
+        ),
+        sparse=not with_glucose,
+    )
+
+
+def _refuse_no_identity(file: ExportFile, layout: Layout, table: pd.DataFrame) -> None:
+    if layout.identity.columns and not set(layout.identity.columns) & set(table.columns):
+        raise BadInput(
+            f"{file.label} has no column {' or '.join(map(repr, layout.identity.columns))}",
+            "add the name of the column that tells the patient to the layout's identity.columns",
+        )
+
+
+def people_of(file: ExportFile, layout: Layout) -> frozenset[str]:
+    """Return the identities of the people in a glucose file, for comparing files with each other only."""
+    if not layout.identity.columns:
+        return frozenset({identity_of(file, layout)})
+    beside = tuple(channel for channel in layout.channels if channel.files is None)
+    wanted = _wanted(layout, beside, layout.time.columns, with_glucose=True)
+    table = read_table(file, layout, replace(wanted, only=layout.identity.columns))
+    _refuse_no_identity(file, layout, table)
+    names = _first_filled(table, layout.identity.columns).dropna().unique()
+    return frozenset(str(name).strip() for name in names)
 
 
 def counts(table: pd.DataFrame, only: Only) -> Bool:
@@ -161,9 +184,17 @@ def _glucose_text(table: pd.DataFrame, layout: Layout) -> tuple[pd.Series, pd.Se
 
 def number(text: pd.Series, layout: Layout) -> npt.NDArray[np.float64]:
     """Return the numbers in a text column, nan where there is none; a decimal comma where the layout allows it."""
+    codes, different = pd.factorize(text)
+    words = pd.Series(different, dtype="str")
     if layout.decimal != ".":
-        text = text.str.replace(",", ".", regex=False)
-    return pd.to_numeric(text, errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
+        words = words.str.replace(",", ".", regex=False)
+    values = pd.to_numeric(words, errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
+    return np.append(values, np.nan)[codes]
+
+
+def repeated(words: Sequence[str], codes: Int) -> pd.Series:
+    """Return a text column that holds, in each row, the word of this number."""
+    return pd.Series(pd.array(list(words), dtype="str").take(codes))
 
 
 def stamps_of(raw: Raw, layout: Layout, zone: str | None) -> Stamps:
@@ -181,7 +212,7 @@ def pseudonym(identity: str, key: bytes) -> str:
     return hmac.new(key, identity.encode(), hashlib.sha256).hexdigest()[:16]
 
 
-def pseudonyms(raw: Raw, layout: Layout, key: bytes) -> npt.NDArray[np.object_]:
+def pseudonyms(raw: Raw, layout: Layout, key: bytes) -> pd.Series:
     """Return the keyed hash of each row's patient. Raises BadInput when a row or file does not tell it."""
     if layout.identity.columns:
         identity = raw.table["identity"].str.strip()
@@ -191,11 +222,11 @@ def pseudonyms(raw: Raw, layout: Layout, key: bytes) -> npt.NDArray[np.object_]:
                 f"{raw.labels[raw.file[row]]} has a row without a patient", "every row needs its patient's identity"
             )
         codes, names = pd.factorize(identity)
-        return np.array([pseudonym(str(name), key) for name in names], dtype=object)[codes]
+        return repeated([pseudonym(str(name), key) for name in names], codes.astype(np.int64))
     # Files that are the same byte for byte are one person's, whatever their names say: counted twice, that person would
     # have twice the influence that the privacy statement allows for one.
     first = {file.sha256: identity_of(file, layout) for file in reversed(raw.files)}
-    return np.array([pseudonym(first[file.sha256], key) for file in raw.files], dtype=object)[raw.file]
+    return repeated([pseudonym(first[file.sha256], key) for file in raw.files], raw.file)
 
 
 def identity_of(file: ExportFile, layout: Layout) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
 from typing import TypeAlias
@@ -22,6 +23,7 @@ _EPOCH_S = {"epoch_ms": 1e-3, "epoch_s": 1.0}
 # The end of the year 9999.
 _LAST_S = 253_402_300_799
 _SHARE_REFUSED = 0.5
+_AMBIGUOUS = "the date order is ambiguous: no stamp has a day above 12"
 _ORDER_HINT = "name the order: in the layout, give `formats` as day first (%d/%m/%Y) or month first (%m/%d/%Y)"
 
 
@@ -170,8 +172,8 @@ def _strptime(text: pd.Series, form: str) -> pd.Series:
 def _parse(text: pd.Series, files: Int, labels: tuple[str, ...], times: Times) -> tuple[pd.Series, pd.Series]:
     """Return local times and, for stamps with an offset, UTC times; NaT where neither."""
     local, absolute = pd.Series(pd.NaT, index=text.index, dtype="datetime64[s]"), _nothing(text)
-    if times.order == "auto":
-        return _settled(text, files, labels, times.formats), absolute
+    if times.order != "declared":
+        return _settled(text, files, labels, times), absolute
     for form in times.formats:
         left = (local.isna() & absolute.isna() & text.notna()).to_numpy()
         if not left.any():
@@ -187,31 +189,59 @@ def _parse(text: pd.Series, files: Int, labels: tuple[str, ...], times: Times) -
     return local, absolute
 
 
-def _settled(text: pd.Series, files: Int, labels: tuple[str, ...], forms: tuple[str, ...]) -> pd.Series:
+def _settled(text: pd.Series, files: Int, labels: tuple[str, ...], times: Times) -> pd.Series:
     """Return local times by the one format that fits the export, or else by the one that fits each file."""
-    whole = _fitting(text, forms)
+    forms = times.formats
+    whole = list(_fitting(text, forms).values()) if times.order == "auto" else []
     if whole:
-        return _only_reading(whole, "the date order is ambiguous: no stamp has a day above 12")
+        return _only_reading(whole, _AMBIGUOUS)
     local = pd.Series(pd.NaT, index=text.index, dtype="datetime64[s]")
     for number in np.unique(files):
         mine = files == number
-        readings = _fitting(text[mine], forms)
+        readings = list(_fitting(text[mine], forms).values())
         if not readings:
             raise BadInput(
                 f"{labels[number]}: no format of the layout fits every time stamp (tried {', '.join(forms)})",
                 _ORDER_HINT,
             )
-        what = f"{labels[number]}: the date order is ambiguous: no stamp has a day above 12"
-        local[mine] = _only_reading(readings, what)
+        local[mine] = _only_reading(readings, f"{labels[number]}: {_AMBIGUOUS}")
     return local
 
 
-def _fitting(text: pd.Series, forms: tuple[str, ...]) -> list[pd.Series]:
+@dataclass(frozen=True, slots=True)
+class OrderVote:
+    """Of one file: the formats that fit all its stamps, and the pairs of them that read some stamp differently."""
+
+    formats: frozenset[str]
+    disagree: frozenset[tuple[str, str]]
+
+
+def order_vote(text: pd.Series, times: Times) -> OrderVote:
+    """Return what the stamps of one file say about the order of day and month."""
+    found = _fitting(text.str.strip(), times.formats)
+    pairs = [(one, other) for one in found for other in found if one < other]
+    return OrderVote(frozenset(found), frozenset(pair for pair in pairs if not found[pair[0]].equals(found[pair[1]])))
+
+
+def order_of_all(votes: Sequence[OrderVote], times: Times) -> Times:
+    """Return the times with the one format that fits the export, or else with each file to be settled by itself.
+
+    Raises BadInput when several formats fit the export and disagree.
+    """
+    fitting = frozenset.intersection(*(vote.formats for vote in votes))
+    if any(fitting.issuperset(pair) for vote in votes for pair in vote.disagree):
+        raise BadInput(_AMBIGUOUS, _ORDER_HINT)
+    if fitting:
+        return times.model_copy(update={"formats": (next(form for form in times.formats if form in fitting),)})
+    return times.model_copy(update={"order": "file"})
+
+
+def _fitting(text: pd.Series, forms: tuple[str, ...]) -> dict[str, pd.Series]:
     """Return the stamps as each format reads them that fits them all; missing stamps fit any."""
     missing = text.isna()
     probe = text.dropna().iloc[:1]
     likely = [form for form in forms if _strptime(probe, form).notna().all()]
-    return [read for form in likely if ((read := _strptime(text, form)).notna() | missing).all()]
+    return {form: read for form in likely if ((read := _strptime(text, form)).notna() | missing).all()}
 
 
 def _only_reading(readings: list[pd.Series], ambiguous: str) -> pd.Series:

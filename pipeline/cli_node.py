@@ -11,7 +11,10 @@ import typer
 from data_schemas.errors import BadInput, IsletError
 
 if TYPE_CHECKING:
+    from collections.abc import Container
+
     from hospital_node.folder import NodeFolder
+    from hospital_node.importing import Export, Intake
     from hospital_node.settings import NodeSettings, Source
     from hospital_node.store import Store
     from hospital_node.suites import Suite
@@ -79,12 +82,9 @@ def node_import(
     interval: Annotated[float, typer.Option(min=0.1, max=3600, help="Seconds between two looks.")] = 5.0,
 ) -> None:
     """Read, validate and store the exports that node.toml names."""
-    from data_schemas.layout import load_layout
     from hospital_node.folder import NodeFolder
-    from hospital_node.importing import import_exports
     from hospital_node.store import Store
     from hospital_node.suites import suite_of
-    from hospital_node.validation import render_report
 
     with NodeFolder.open(path) as home:
         suite, store = suite_of(path), Store(home.store)
@@ -93,8 +93,38 @@ def node_import(
             return
         for source in _sources(home.settings):
             say(f"importing {source.path} ({source.layout})")
-            layout, folder = load_layout(source.layout), Path(source.path)
-            say(render_report(import_exports(folder, layout, source.zone, home.pseudonym_key, store, suite)))
+            _import(home, source, suite, store)
+
+
+def _import(home: NodeFolder, source: Source, suite: Suite, store: Store, only: Container[Path] | None = None) -> None:
+    """Import one source, print the account, and keep its report when something was stored."""
+    from hospital_node.importing import take_in
+    from hospital_node.intake_report import summary
+
+    taken = take_in(_export(home, source, only), store, suite)
+    say(summary(taken))
+    if taken.number is not None:
+        _keep_report(home, f"import-{taken.number:04d}", taken, suite, f"Import {taken.number}", source)
+
+
+def _export(home: NodeFolder, source: Source, only: Container[Path] | None = None) -> Export:
+    from data_schemas.layout import load_layout
+    from hospital_node.importing import Export
+
+    return Export(Path(source.path), load_layout(source.layout), source.zone, home.pseudonym_key, only)
+
+
+def _keep_report(home: NodeFolder, name: str, intake: Intake, suite: Suite, title: str, source: Source) -> None:
+    from datetime import UTC, datetime
+
+    from hospital_node.intake_report import report_page
+    from pipeline.signing import write_durably
+
+    when = f"{datetime.now(UTC):%d %B %Y, %H:%M} UTC"
+    page = report_page(intake, suite, title, f"Node {home.settings.name} · layout {source.layout} · {when}")
+    path = home.reports / f"{name}.html"
+    write_durably(path, page.encode(), mode=0o600)
+    say(f"report: {path}")
 
 
 def _watch(home: NodeFolder, suite: Suite, store: Store, interval: float) -> None:
@@ -103,8 +133,6 @@ def _watch(home: NodeFolder, suite: Suite, store: Store, interval: float) -> Non
     from threading import Event, Lock, Thread
 
     from data_schemas.layout import load_layout
-    from hospital_node.importing import import_exports
-    from hospital_node.validation import render_report
     from hospital_node.watching import watch
 
     stop, one_at_a_time = Event(), Lock()
@@ -117,9 +145,8 @@ def _watch(home: NodeFolder, suite: Suite, store: Store, interval: float) -> Non
 
         def take(file: Path) -> None:
             with one_at_a_time:
-                say(f"importing {file.name}")
-                only = {file}
-                say(render_report(import_exports(folder, layout, source.zone, home.pseudonym_key, store, suite, only)))
+                say(f"importing a file of {folder}")
+                _import(home, source, suite, store, {file})
 
         def refused(error: BadInput) -> None:
             say(f"refused: {error.message}\n  what to do: {error.hint}")
@@ -143,21 +170,24 @@ def _watch(home: NodeFolder, suite: Suite, store: Store, interval: float) -> Non
 
 @node.command("validate")
 def node_validate(path: NodePath) -> None:
-    """Check the exports that node.toml names and store nothing; exit 1 when a row would be quarantined."""
-    from data_schemas.layout import load_layout
+    """Check the exports that node.toml names and store nothing; exit 1 when a row would be quarantined.
+
+    Writes a report for each source into the node's folder: reports/validation-1.html and so on.
+    """
     from hospital_node.folder import NodeFolder
-    from hospital_node.intake import read_exports
+    from hospital_node.importing import look_at
+    from hospital_node.intake_report import summary
+    from hospital_node.store import Store
     from hospital_node.suites import suite_of
-    from hospital_node.validation import render_report, validate
 
     clean = True
     with NodeFolder.open(path) as home:
-        suite = suite_of(path)
-        for source in _sources(home.settings):
-            readings = read_exports(Path(source.path), load_layout(source.layout), source.zone, home.pseudonym_key)
-            report = validate(readings, suite)[2]
-            say(f"{source.path} ({source.layout})\n{render_report(report)}")
-            clean = clean and not report.quarantined
+        suite, past = suite_of(path), Store(home.store).past()
+        for number, source in enumerate(_sources(home.settings), start=1):
+            looked = look_at(_export(home, source), past, suite)
+            say(f"{source.path} ({source.layout})\n{summary(looked)}")
+            _keep_report(home, f"validation-{number}", looked, suite, "Validation, nothing stored", source)
+            clean = clean and not looked.account.report.quarantined
     raise typer.Exit(0 if clean else 1)
 
 

@@ -9,7 +9,7 @@ only; where there is none the mask is False.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 Int64: TypeAlias = npt.NDArray[np.int64]
 Float32: TypeAlias = npt.NDArray[np.float32]
 Bool: TypeAlias = npt.NDArray[np.bool_]
+# Shape and type to an array of zeros.
+Allocate: TypeAlias = Callable[[Any, Any], npt.NDArray[Any]]
 
 FEATURES = (
     "change_from_last",
@@ -43,6 +45,8 @@ _STEP_SCALE_MG_DL = 10.0
 _AGE_SCALE_MINUTES = 15.0
 SPREAD_SCALE_MG_DL = 40.0
 _DAY_SECONDS = 24 * 3600
+# A series may be larger than the memory: it is looked at in blocks of patients of about this many readings.
+_BLOCK_READINGS = 1 << 15
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,13 +121,15 @@ class Series:
             raise ValueError("time_s and glucose_mg_dl differ in length")
         if np.any(np.diff(self.starts) < 0):
             raise ValueError("starts must not decrease")
-        later = np.diff(self.time_s) > 0
-        seams = self.starts[1:-1] - 1
-        later[seams[(seams >= 0) & (seams < len(later))]] = True
-        if not bool(later.all()):
-            raise ValueError("times must increase strictly within a patient")
-        if not bool(np.isfinite(self.glucose_mg_dl).all()):
-            raise ValueError("glucose_mg_dl must be finite")
+        for first, end in _blocks(self.starts):
+            rows = slice(self.starts[first], self.starts[end])
+            later = np.diff(self.time_s[rows]) > 0
+            seams = self.starts[first + 1 : end] - self.starts[first] - 1
+            later[seams[(seams >= 0) & (seams < len(later))]] = True
+            if not bool(later.all()):
+                raise ValueError("times must increase strictly within a patient")
+            if not bool(np.isfinite(self.glucose_mg_dl[rows]).all()):
+                raise ValueError("glucose_mg_dl must be finite")
 
     @classmethod
     def from_frame(cls, frame: pd.DataFrame) -> Series:
@@ -211,17 +217,48 @@ class Windows:
         return Batch(_features(value, age_s, last, self._day[rows]), y, mask, last)
 
 
-def cut_windows(series: Series, spec: WindowSpec, *, need_target: bool = True) -> Windows:
+def cut_windows(
+    series: Series, spec: WindowSpec, *, need_target: bool = True, allocate: Allocate = np.zeros
+) -> Windows:
     """Find every reading at which a forecast may be issued (see WindowSpec).
 
     With need_target at least one of the 12 targets must be a real reading: right for training and evaluation.
+    allocate: gives the arrays as long as the series, from memory or from files; the rest is small.
     """
-    key = _global_key(series, spec)
-    glucose = np.clip(series.glucose_mg_dl, SENSOR_MIN_MG_DL, SENSOR_MAX_MG_DL).astype(np.float32)
+    count = len(series.time_s)
+    key, glucose, day = allocate(count, np.int64), allocate(count, np.float32), allocate((count, 3), np.float32)
+    anchors, kept = allocate(count, np.int64), 0
+    shift, carried = _shifts(series, spec), np.zeros(2)
+    for first, end in _blocks(series.starts):
+        begin, stop = int(series.starts[first]), int(series.starts[end])
+        rows = slice(begin, stop)
+        sizes = np.diff(series.starts[first : end + 1])
+        first_row = np.repeat(series.starts[first:end] - begin, sizes)
+        key[rows] = series.time_s[rows] + np.repeat(shift[first:end], sizes)
+        glucose[rows] = np.clip(series.glucose_mg_dl[rows], SENSOR_MIN_MG_DL, SENSOR_MAX_MG_DL)
+        day[rows], carried = _day_before(key[rows], glucose[rows], first_row, carried)
+        found = _issued(key[rows], glucose[rows], first_row, spec, need_target=need_target) + begin
+        anchors[kept : kept + len(found)] = found
+        kept += len(found)
+    anchors = anchors[:kept]
+    offsets = np.searchsorted(anchors, series.starts).astype(np.int64)
+    return Windows(series, spec, anchors, offsets, key, glucose, day)
+
+
+def _blocks(starts: Int64) -> Iterator[tuple[int, int]]:
+    """Half-open ranges of neighbouring patients, each with about _BLOCK_READINGS readings or one patient."""
+    first = 0
+    while first < len(starts) - 1:
+        end = int(np.searchsorted(starts, starts[first] + _BLOCK_READINGS, side="right")) - 1
+        end = min(max(end, first + 1), len(starts) - 1)
+        yield first, end
+        first = end
+
+
+def _issued(key: Int64, glucose: Float32, first_row: Int64, spec: WindowSpec, *, need_target: bool) -> Int64:
+    """Rows of a block of patients at which a forecast may be issued."""
     count = len(key)
-    owner = np.repeat(np.arange(len(series.patients)), np.diff(series.starts))
     rows = np.arange(count, dtype=np.int64)
-    first_row = series.starts[owner] if count else rows
     gap = np.full(count, np.iinfo(np.int64).max)
     gap[1:] = np.diff(key)
     good = (rows > first_row) & (gap <= spec.max_last_gap_minutes * 60)
@@ -237,16 +274,13 @@ def cut_windows(series: Series, spec: WindowSpec, *, need_target: bool = True) -
         chosen = rows[good]
         _, mask = _targets(key, glucose, chosen, spec)
         good[chosen] = mask.any(axis=1)
-    anchors = rows[good]
-    offsets = np.searchsorted(anchors, series.starts).astype(np.int64)
-    return Windows(series, spec, anchors, offsets, key, glucose, _day_before(key, glucose, first_row))
+    return rows[good]
 
 
 def history_features(time_s: Int64, glucose_mg_dl: Float32, spec: WindowSpec) -> tuple[Float32, Float32]:
     """Build for serving: x float32[1,T,F] and last float32[1] for a forecast issued at one patient's newest reading.
 
-    time_s: int64[N], strictly increasing; glucose_mg_dl: float32[N]. Same code as training, so the same
-    numbers.
+    time_s: int64[N], strictly increasing; glucose_mg_dl: float32[N]. Same code, so the same numbers.
     """
     times = np.asarray(time_s, dtype=np.int64)
     if len(times) == 0 or len(times) != len(glucose_mg_dl) or not bool((times[1:] > times[:-1]).all()):
@@ -267,13 +301,8 @@ def _day_of_last(times: Int64, glucose: Float32) -> Float32:
     return np.array([[mean + _LEVEL_CENTRE_MG_DL, math.sqrt(variance), covered]], dtype=np.float32)
 
 
-def _global_key(series: Series, spec: WindowSpec) -> Int64:
-    """int64[N].
-
-    Times shifted per patient so that they increase over the whole series and no window meets a neighbour.
-    """
-    if not len(series.time_s):
-        return np.zeros(0, dtype=np.int64)
+def _shifts(series: Series, spec: WindowSpec) -> Int64:
+    """int64[P]: added to a patient's times, it makes them increase over all, and no window meets a neighbour."""
     sizes = np.diff(series.starts)
     filled = sizes > 0
     first = np.zeros(len(sizes), dtype=np.int64)
@@ -281,8 +310,7 @@ def _global_key(series: Series, spec: WindowSpec) -> Int64:
     first[filled] = series.time_s[series.starts[:-1][filled]]
     span[filled] = series.time_s[series.starts[1:][filled] - 1] - first[filled]
     room = 2 * 60 * (spec.history_minutes + spec.horizon_minutes + spec.grid_minutes)
-    shift = np.concatenate([[0], np.cumsum(span + room)[:-1]]) - first
-    return (series.time_s + np.repeat(shift, sizes)).astype(np.int64)
+    return np.asarray(np.concatenate([[0], np.cumsum(span + room)[:-1]]) - first if len(sizes) else first, np.int64)
 
 
 def _carried(
@@ -303,24 +331,27 @@ def _carried(
     return value.astype(np.float32), np.where(known, age, cap).astype(np.float32), last
 
 
-def _day_before(key: Int64, glucose: Float32, first_row: Int64) -> Float32:
-    """float32[N,3] for each reading.
+def _day_before(
+    key: Int64, glucose: Float32, first_row: Int64, carried: npt.NDArray[np.float64]
+) -> tuple[Float32, npt.NDArray[np.float64]]:
+    """float32[N,3] for each reading of a block, and the sums to carry to the next: any blocks give the same bits.
 
     Mean and standard deviation (mg/dL) of the readings of the 24 hours up to and including it, and the share
     of those 24 hours that they span. It tells what kind of person this is.
     """
     if not len(key):
-        return np.zeros((0, 3), dtype=np.float32)
+        return np.zeros((0, 3), dtype=np.float32), carried
     rows = np.arange(len(key))
     oldest = np.maximum(np.searchsorted(key, key - _DAY_SECONDS, side="right"), first_row)
     centred = glucose.astype(np.float64) - _LEVEL_CENTRE_MG_DL
-    total = np.concatenate([[0.0], np.cumsum(centred)])
-    square = np.concatenate([[0.0], np.cumsum(centred * centred)])
+    total = np.cumsum(np.concatenate([carried[:1], centred]))
+    square = np.cumsum(np.concatenate([carried[1:], centred * centred]))
     count = rows + 1 - oldest
     mean = (total[rows + 1] - total[oldest]) / count
     variance = np.maximum((square[rows + 1] - square[oldest]) / count - mean * mean, 0.0)
     covered = (key - key[oldest]) / _DAY_SECONDS
-    return np.stack([mean + _LEVEL_CENTRE_MG_DL, np.sqrt(variance), covered], axis=1).astype(np.float32)
+    day = np.stack([mean + _LEVEL_CENTRE_MG_DL, np.sqrt(variance), covered], axis=1).astype(np.float32)
+    return day, np.array([total[-1], square[-1]])
 
 
 def _features(value: Float32, age_s: Float32, last: Float32, day: Float32) -> Float32:
@@ -338,9 +369,7 @@ def _features(value: Float32, age_s: Float32, last: Float32, day: Float32) -> Fl
 
 
 def shifted_levels(x: Float32, factor: Float32, shift_mg_dl: Float32, noise_mg_dl: Float32) -> tuple[Float32, Float32]:
-    """Move the same windows to another glucose range.
-
-    Every value v becomes factor x v + shift, plus noise, within the sensor's range.
+    """Move windows to another glucose range: every v becomes factor x v + shift, plus noise, within the sensor's range.
 
     x: float32[B,T,F]; factor and shift_mg_dl: float32[B]; noise_mg_dl: float32[B,T]. Returns new x and new
     last readings [B].
@@ -357,8 +386,7 @@ def shifted_levels(x: Float32, factor: Float32, shift_mg_dl: Float32, noise_mg_d
 def _targets(key: Int64, glucose: Float32, rows: Int64, spec: WindowSpec) -> tuple[Float32, Bool]:
     """Nearest real reading within the tolerance of each t0 + h: y float32[B,12] (0 where absent), mask bool[B,12].
 
-    Only readings after the issue reading count, and neighbours of other patients are further than any
-    horizon.
+    Only readings after the issue reading count; those of other patients are further than any horizon.
     """
     ahead = np.asarray(spec.horizons_minutes, dtype=np.int64) * 60
     asked = key[rows][:, None] + ahead[None, :]

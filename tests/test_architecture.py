@@ -24,7 +24,7 @@ DOORS = {
     "opacus": {"pipeline/private_training.py", "pipeline/accounting.py"},
     "pytorch_lightning": {"pipeline/private_training.py", "pipeline/fitting.py"},
     "mlflow": {"aggregator/registry.py"},
-    "great_expectations": {"hospital_node/validation.py"},
+    "great_expectations": {"hospital_node/judgement.py"},
     "cryptography": {"pipeline/certificates.py", "pipeline/signing.py"},
     "fastapi": {
         "aggregator/desk.py",

@@ -199,11 +199,13 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 sys.path[:0] = [{root!r}, {tests!r}]
+import hospital_node.incoming as incoming
+import hospital_node.segments as segments
 import hospital_node.store as store
 from test_store import add, frame
 
 point, folder = sys.argv[1], Path(sys.argv[2])
-real = store.write_durably
+real = segments.write_durably
 calls = []
 
 def die(*_):
@@ -218,9 +220,9 @@ def write(path, data, mode):
     if point == f"segment {{len(calls)}}":
         die()
 
-store.write_durably = write
+segments.write_durably = write
 if point == "before commit":
-    store.canonical_bytes = die
+    incoming.canonical_bytes = die
 add(store.Store(folder), frame(("p", 5, 101.0), source="b"), frame(("q", 0, 500.0), source="b"))
 if point == "after commit":
     die()

@@ -200,3 +200,19 @@ def test_moving_levels_equals_moving_the_readings() -> None:
     expected = want.gather(windows.anchors)
     np.testing.assert_allclose(got, expected.x, atol=1e-4)
     np.testing.assert_allclose(last, expected.last, atol=1e-3)
+
+
+@pytest.mark.parametrize("block", [1, 350, 1000])
+def test_windows_cut_in_blocks_are_the_same_bit_for_bit(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    """However many patients are looked at together, anchors and batches do not change by a bit."""
+    series, spec = joined(*(irregular(seed) for seed in range(7))), WindowSpec(history_minutes=120)
+    whole = cut_windows(series, spec)
+    batch = whole.gather(whole.anchors)
+
+    monkeypatch.setattr("pipeline.windows._BLOCK_READINGS", block)
+    again = cut_windows(Series(series.patients, series.starts, series.time_s, series.glucose_mg_dl), spec)
+
+    assert again.anchors.tobytes() == whole.anchors.tobytes()
+    assert again.offsets.tobytes() == whole.offsets.tobytes()
+    other = again.gather(again.anchors)
+    assert all(getattr(batch, name).tobytes() == getattr(other, name).tobytes() for name in ("x", "y", "mask", "last"))
