@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from typing import Any
+
 from data_schemas.governance import Proposal
 from pipeline.charter import Charter
 
@@ -34,6 +37,14 @@ def render(charter: Charter, now: str) -> str:
 
 def proposal_text(proposal: Proposal) -> str:
     """Write what a proposal wants."""
-    values = proposal.action.model_dump(mode="json", exclude={"action"})
-    told = ", ".join(f"{key} {value[:12] if isinstance(value, str) else value}" for key, value in values.items())
+    told = ", ".join(_told(proposal.action.model_dump(mode="json", exclude={"action"})))
     return f"{proposal.action.action} ({told}) by {proposal.proposed_by}"
+
+
+def _told(values: Mapping[str, Any]) -> Iterator[str]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _told(value)
+        else:
+            said = value[:12] if isinstance(value, str) else f"{value:g}" if isinstance(value, float) else value
+            yield f"{key.replace('_', ' ')} {said}"

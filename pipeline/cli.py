@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from data_schemas.errors import BadInput, IsletError
-from pipeline import cli_deploy, cli_federation
+from pipeline import cli_deploy, cli_federation, cli_governance
 from pipeline.cli_node import NodePath, make_node, node, say
 
 if TYPE_CHECKING:
@@ -36,7 +36,8 @@ ledger = typer.Typer(no_args_is_help=True, help="The credit ledger: verify, show
 app.add_typer(node, name="node")
 app.add_typer(aggregator, name="aggregator")
 app.add_typer(ledger, name="ledger")
-cli_federation.register(app, ledger)
+cli_federation.register(ledger)
+cli_governance.register(app, aggregator)
 cli_deploy.register(aggregator, node)
 
 AggregatorPath = Annotated[Path, typer.Argument(metavar="AGGREGATOR", help="The aggregator's folder.")]

@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from data_schemas.errors import BadInput, CheckFailed, Tampered
-from pipeline import cli_governance
 
 LedgerPath = Annotated[Path, typer.Argument(metavar="LEDGER", help="An aggregator's folder, or its ledger.db.")]
 Key = Annotated[str | None, typer.Option(help="The aggregator's public key; default: the one in its folder.")]
@@ -17,9 +16,8 @@ CheckpointFile = Annotated[
 ]
 
 
-def register(app: typer.Typer, ledger: typer.Typer) -> None:
+def register(ledger: typer.Typer) -> None:
     """Add this module's commands to the command line."""
-    app.add_typer(cli_governance.federation, name="federation")
     for name, command in (("prove", ledger_prove), ("verify-proof", ledger_verify_proof), ("fsck", ledger_fsck)):
         ledger.command(name)(command)
 

@@ -21,6 +21,13 @@ if TYPE_CHECKING:
 
 federation = typer.Typer(no_args_is_help=True, help="What the members decide: propose, vote, attest, status.")
 
+
+def register(app: typer.Typer, aggregator: typer.Typer) -> None:
+    """Add this module's commands to the command line."""
+    app.add_typer(federation, name="federation")
+    aggregator.command("serve")(aggregator_serve)
+
+
 NodePath = Annotated[Path, typer.Argument(metavar="NODE", help="Node folder of the hospital that signs.")]
 AggregatorPath = Annotated[Path, typer.Argument(metavar="AGGREGATOR", help="The aggregator's folder.")]
 Here = Annotated[
@@ -141,6 +148,18 @@ def federation_sit(
             if every is None:
                 return
             time.sleep(every)
+
+
+def aggregator_serve(
+    path: AggregatorPath,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = 8090,
+) -> None:
+    """Serve the federation's page until stopped: members, proposals, credits, rounds, the ledger's verification."""
+    from aggregator.federation_page import serve
+    from aggregator.settings import open_folder
+
+    serve(open_folder(path), host, port, ready=lambda address: typer.echo(f"the federation's page is at {address}"))
 
 
 @federation.command("status")

@@ -27,6 +27,7 @@ DOORS = {
     "great_expectations": {"hospital_node/judgement.py"},
     "cryptography": {"pipeline/certificates.py", "pipeline/signing.py"},
     "fastapi": {
+        "aggregator/federation_page.py",
         "aggregator/desk.py",
         "hospital_node/endpoint.py",
         "hospital_node/exchange_routes.py",
