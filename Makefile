@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow browser deployment faults lint bench audit recompute coverage openapi lock clean
+.PHONY: demo test test-slow browser deployment postgresql faults lint bench audit recompute coverage openapi lock clean
 
 .venv/installed: pyproject.toml requirements.lock
 	$(PYTHON) -m venv .venv
@@ -31,6 +31,11 @@ deployment: .venv/installed
 # Two hundred rounds under random faults, from a seed: kills, lost and late messages, full disks, spoilt checkpoints.
 faults: .venv/installed
 	$(BIN)/python -m tests.faults --rounds 200 --seed 1
+
+# MLflow's records in a real PostgreSQL server; on Debian `apt-get install postgresql`.
+postgresql: .venv/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint requirements.lock 'psycopg[binary]'
+	$(BIN)/python -m pytest -q -m postgresql tests/deployment
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -73,7 +78,7 @@ coverage: .venv/installed
 lock:
 	rm -rf .venv-lock
 	$(PYTHON) -m venv .venv-lock
-	.venv-lock/bin/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	.venv-lock/bin/pip install --quiet --disable-pip-version-check --editable '.[dev,postgresql]'
 	.venv-lock/bin/pip freeze --exclude-editable | sed -E 's/^(torch==[0-9.]+)\+.*/\1/' > requirements.lock
 	rm -rf .venv-lock
 

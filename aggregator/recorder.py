@@ -36,7 +36,7 @@ class Recorder:
         members = tuple(replay(read_entries(folder.path / "ledger.db")).members.values())
         run = run_identity(folder.settings.federation, plan, load_initial_weights(folder))
         try:
-            registry = Registry(root)
+            registry = Registry(root, folder.settings.mlflow_database)
             return cls(tell, registry, registry.start_run(run, folder.settings.federation, plan, members))
         except RegistryFailed as error:
             tell(f"MLflow is out of order, the run goes on without it: {error.message}")

@@ -3,9 +3,9 @@
     mlruns/mlflow.db     runs, series, models, aliases (SQLite)
     mlruns/artifacts/    plots, model card, privacy and credit records, model folders
 
-Only the aggregator writes. Every location in the database is relative to the folder that holds mlruns/, so a moved or
-cloned tree works when MLflow runs from there. Nothing here is needed to train: every failure is a RegistryFailed, which
-the round loop reports and survives, and whatever was missed can be logged again.
+Only the aggregator writes. In SQLite's database locations are relative to the folder that holds mlruns/, so a moved
+tree works when MLflow runs from there; in PostgreSQL's they are absolute. Nothing here is needed to train: a failure is
+a RegistryFailed, which the round loop survives, and what was missed can be logged again.
 """
 
 from __future__ import annotations
@@ -50,8 +50,7 @@ __all__ = ["Published", "Registry", "RegistryFailed", "load_exported", "relocate
 
 EXPERIMENT = "islet-federation"
 CHAMPION, CHALLENGER = "champion", "challenger"
-# MLflow's limit on metrics in one batch.
-_BATCH = 1000
+_BATCH = 1000  # MLflow's limit on metrics in one batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,15 +73,16 @@ def load_exported(uri: str, root: Path) -> Path:
 
 
 class Registry:
-    """Writer and reader of one store. root: the folder that holds mlruns/."""
+    """Writer and reader of one store. root: the folder that holds mlruns/; database: a PostgreSQL URL, or SQLite's."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, database: str = "") -> None:
         """Open the store, or create it: the first time takes seconds, because MLflow builds its tables by migration."""
-        self._root = root.resolve()
+        self._root, self._movable = root.resolve(), not database
         with _reported("open the store"):
             mlflow = _mlflow()
-            _create_store(self._root)
-            uri = f"sqlite:///{self._root / DATABASE}"
+            if self._movable:
+                _create_store(self._root)
+            uri = database or f"sqlite:///{self._root / DATABASE}"
             self._client = mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
 
     def start_run(
@@ -189,8 +189,7 @@ class Registry:
             raise BadInput(
                 f"{uri} is not an exported forecaster", "its files may have been moved: run from mlruns' folder"
             )
-        folder: Path = folders[0].parent
-        return folder
+        return Path(folders[0].parent)
 
     def _experiment(self) -> str:
         found = self._client.get_experiment_by_name(EXPERIMENT)
@@ -198,7 +197,8 @@ class Registry:
             return str(found.experiment_id)
         tags = {"mlflow.note.content": EXPERIMENT_NOTE, "mlflow.experimentKind": "custom_model_development"}
         made: str = self._client.create_experiment(EXPERIMENT, str(self._root / ARTIFACTS / EXPERIMENT), tags)
-        relocate(self._root)
+        if self._movable:
+            relocate(self._root)
         return made
 
     def _log_plan(self, run_id: str, plan: TrainingPlan, members: Sequence[MemberEntry]) -> None:

@@ -35,6 +35,7 @@ class AggregatorSettings(Frozen):
     relative to the folder. min_updates admitted updates close a round; a round is
     tried at most max_attempts times, retry_pause_s apart. port: where the SuperLink listens on the loopback address;
     the joining desk has the next one. fleet_address and desk_address: HOST:PORT where hospitals reach the two.
+    mlflow_database: a PostgreSQL URL without a password (libpq finds it in PGPASSFILE); empty: SQLite in mlruns/.
     """
 
     federation: str = Field(min_length=1, max_length=200, pattern=r"^[^\s+]+$")
@@ -50,6 +51,7 @@ class AggregatorSettings(Frozen):
     port: int = Field(default=8000, ge=1024, le=65_534)
     fleet_address: str = Field(default="127.0.0.1:8000", pattern=r"^.+:[0-9]+$")
     desk_address: str = Field(default="127.0.0.1:8001", pattern=r"^.+:[0-9]+$")
+    mlflow_database: str = Field(default="", pattern=r"^(postgresql\+psycopg://[^:@/]+@[^@]+)?$")
 
 
 @dataclass(frozen=True)
