@@ -73,7 +73,7 @@ def _ordinary(
             OURS: _predictor(request),
         }
     )
-    card = score(folds, models, lambda f: baselines(f.training))
+    card = score(folds, models, lambda f: baselines(f.training), OURS)
     return card, {"scored": who, "model": _name(request)}
 
 

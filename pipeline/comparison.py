@@ -20,16 +20,17 @@ from pipeline.forecaster import Forecaster, ForecasterSpec, predict, unflatten
 from pipeline.membership import attack
 from pipeline.model_card import CardMembership
 from pipeline.report import ModelColumn, ResultRow
-from pipeline.scored import FloatArray, Predict, Scored, concat, score_windows
+from pipeline.scored import FloatArray, Predict, Scored, concat, personalised, score_windows
 from pipeline.windows import Batch, Float32, Windows
 
-OURS = "federated"
+OURS, PERSONAL = "federated", "personal"
 COLUMNS = (
     ModelColumn("persistence", "the last reading, for ever"),
     ModelColumn("ridge", "ridge regression on 24 readings, hospitals' readings pooled, no privacy"),
     ModelColumn("local-only", "LSTM, public start, each hospital alone, no privacy"),
     ModelColumn("public-only", "LSTM, public start, never saw a hospital"),
     ModelColumn(OURS, "LSTM, public start, all hospitals, patient-level privacy", is_ours=True),
+    ModelColumn(PERSONAL, "the federated model, corrected at the node from each person's own past"),
     ModelColumn("pooled", "LSTM, public start, hospitals' readings pooled, no privacy"),
 )
 # Steps and rate of the non-private fits, chosen on public people: more steps overfit a hospital of ten patients.
@@ -98,9 +99,10 @@ def compare(
         OURS: lstm(federated, spec),
         "pooled": lstm(pooled, spec),
     }
-    scored = {label: concat([score_windows(c.heldout, p, c.name) for c in cohorts]) for label, p in everywhere.items()}
-    own = [score_windows(c.heldout, lstm(local[c.name], spec), c.name) for c in cohorts]
-    scored["local-only"] = concat(own)
+    parts = {label: [score_windows(c.heldout, p, c.name) for c in cohorts] for label, p in everywhere.items()}
+    parts["local-only"] = [score_windows(c.heldout, lstm(local[c.name], spec), c.name) for c in cohorts]
+    parts[PERSONAL] = [personalised(plain, c.heldout) for plain, c in zip(parts[OURS], cohorts, strict=True)]
+    scored = {label: concat(found) for label, found in parts.items()}
     membership = attacked(cohorts, spec, public, {OURS: federated, "pooled": pooled})
     return Comparison({label: evaluate(s) for label, s in scored.items()}, scored[OURS], membership)
 

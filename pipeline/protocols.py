@@ -90,7 +90,9 @@ def by_patient(
             folds.append(Fold([own], [site]))
             learned[id(folds[-1])] = lstm
     about = {"protocol": "by-patient: five folds of people inside each site, every third issue point, causal history"}
-    card = score(folds, {"model": ours}, lambda f: {**baselines(f.training), "pooled LSTM": learned[id(f)]})
+    card = score(
+        folds, {"model": ours}, lambda f: {**baselines(f.training), "pooled LSTM": learned[id(f)]}, "pooled LSTM"
+    )
     return card, about
 
 

@@ -27,7 +27,7 @@ from pipeline.events import (
     joined,
 )
 from pipeline.readings_csv import ROW, spool_readings
-from pipeline.scored import Bool, Predict, Scored, concat, score_windows
+from pipeline.scored import Bool, Predict, Scored, concat, personalised, score_windows
 from pipeline.windows import Batch, Float32, Series, Windows
 
 FOLDS = 5
@@ -136,13 +136,23 @@ def plain(forecast: Callable[[Batch], Float32]) -> Predict:
 
 
 def score(
-    folds: Sequence[Fold], models: Mapping[str, Predict], fitted: Callable[[Fold], dict[str, Predict]]
+    folds: Sequence[Fold],
+    models: Mapping[str, Predict],
+    fitted: Callable[[Fold], dict[str, Predict]],
+    personal: str | None = None,
 ) -> Scorecard:
-    """Score `models`, which stay the same, and what `fitted` makes of each fold, on the same windows."""
+    """Score `models`, which stay the same, and what `fitted` makes of each fold, on the same windows.
+
+    `personal`, one of the models, is also scored as corrected from each person's own past.
+    """
     parts: dict[str, list[Scored]] = {}
     for fold in folds:
         for label, predict in {**fitted(fold), **models}.items():
-            parts.setdefault(label, []).extend(score_windows(w, predict, site) for site, w in fold.scored)
+            found = [score_windows(w, predict, site) for site, w in fold.scored]
+            parts.setdefault(label, []).extend(found)
+            if label == personal:
+                adapted = [personalised(s, w) for s, (_, w) in zip(found, fold.scored, strict=True)]
+                parts.setdefault(f"{label}, personal", []).extend(adapted)
     if not sum(len(p.last) for p in next(iter(parts.values()))):
         raise BadInput("no forecast can be scored", "a person needs an hour of readings, and readings after that")
     scored = {label: concat(found) for label, found in parts.items()}

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_schemas.units import HORIZON_MINUTES, QUANTILES
+from pipeline.adaptation import Past, replayed
 from pipeline.windows import Batch, Windows
 
 FloatArray: TypeAlias = npt.NDArray[np.floating]
@@ -101,6 +102,23 @@ def score_windows(windows: Windows, predict: Predict, site: str) -> Scored:
         time_s=windows.series.time_s[windows.anchors],
         sensor_minutes=_sensor_minutes(windows)[patient],
     )
+
+
+def personalised(plain: Scored, windows: Windows) -> Scored:
+    """The same forecasts as each person would have been shown them, corrected from that person's own past.
+
+    plain: what `score_windows` made of these windows, with quantiles.
+    """
+    if plain.quantiles is None or plain.time_s is None:
+        raise ValueError("personal forecasts need quantiles and moments of issue")
+    forecast, quantiles = plain.forecast.copy(), plain.quantiles.copy()
+    for start, stop in windows.by_patient():
+        if start < stop:
+            rows = slice(start, stop)
+            batch = windows.gather(windows.anchors[rows])
+            past = Past.of(batch, plain.forecast[rows], plain.quantiles[rows], plain.time_s[rows])
+            forecast[rows], quantiles[rows] = replayed(past)
+    return replace(plain, forecast=forecast, quantiles=quantiles)
 
 
 def _sensor_minutes(windows: Windows) -> Int64:

@@ -101,7 +101,7 @@ def test_an_evaluation_of_files_is_written_whole(tmp_path: Path) -> None:
         frame(2, 150, seed=seed).to_csv(path, index=False)
     text = assess(Request(None, tuple(paths), {}, None, tmp_path / "out", "UTC"), lambda _: None)
     scores = json.loads((tmp_path / "out" / "scores.json").read_text())
-    assert list(scores["models"]) == ["persistence", "linear", "AR", "ridge", "trees", "model"]
+    assert list(scores["models"]) == ["persistence", "linear", "AR", "ridge", "trees", "model", "model, personal"]
     for model in scores["models"].values():
         assert [s["name"] for s in model["evaluation"]["sites"]] == ["north", "south"]
         assert model["evaluation"]["pooled"]["people"] == 4
