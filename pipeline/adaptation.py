@@ -11,6 +11,7 @@ and tells nobody about anybody else. Nothing is learned from a forecast that is 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -35,7 +36,7 @@ REFRESH_SECONDS = 6 * 3600
 _MOST_HOURS, _FIRST_HOURS = 0.25, 5 / 60
 # Mean of |error| over half the width of the 50% interval where 80% intervals cover 80%; for a Gaussian it is 1.183, but
 # errors have heavier tails. Chosen on validation people.
-TYPICAL_MISFIT = 1.28
+TYPICAL_MISFIT = 1.33
 _LEAST_HALF_WIDTH_MG_DL = 0.5
 # After this the outcome of a forecast is known at all horizons.
 _KNOWN_AFTER_SECONDS = HORIZON_MINUTES[-1] * 60 + 150
@@ -70,6 +71,11 @@ class Past:
     def of(cls, batch: Batch, forecast: Float32, quantiles: Float32, time_s: Int64) -> Past:
         """From one person's windows, in order of time, and the model's answer to them."""
         return cls(time_s, inputs_of(batch, forecast, time_s), forecast, quantiles, batch.y, batch.mask)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Past]) -> Past:
+        """One past of several, one after the other in time; at least one."""
+        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in cls.__slots__))
 
 
 @dataclass(frozen=True, slots=True)

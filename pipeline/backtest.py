@@ -32,6 +32,7 @@ import numpy as np
 from data_schemas.errors import BadInput, StorageFailed
 from data_schemas.plan import ModelSpec
 from data_schemas.units import GRID_MINUTES, HORIZON_MINUTES
+from pipeline.adaptation import Past, replayed
 from pipeline.readings_csv import ROW, Int64, Rows, Spool, spool_readings
 from pipeline.windows import Float32, Series, Windows, WindowSpec, cut_windows
 
@@ -75,9 +76,12 @@ def backtest(
     zone: str = "UTC",
     *,
     stride_minutes: int = 15,
+    personal: bool = True,
     progress: Callable[[float], None] | None = None,
 ) -> BacktestSummary:
     """Forecast every due reading of a file (see the module's text); out_path appears complete or not at all.
+
+    personal: correct each person's forecasts from that person's own past, as a node does (pipeline.adaptation).
 
     progress gets the share done, 0..1. Raises BadInput (nothing is written) or StorageFailed (disk full, no
     permission).
@@ -93,7 +97,7 @@ def backtest(
         folder = Path(tempfile.mkdtemp(prefix=f".{out_path.name}.", dir=out_path.parent))
         try:
             spool = spool_readings(readings_path, zone, folder / "spool", lambda p: tick(_READING_SHARE * p))
-            summary = _forecast_all(spool, predictor, folder / f"out{out_path.suffix}", stride_minutes, tick)
+            summary = _forecast_all(spool, predictor, folder / f"out{out_path.suffix}", stride_minutes, personal, tick)
             _publish(folder / f"out{out_path.suffix}", out_path)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
@@ -107,7 +111,7 @@ def backtest(
 
 
 def _forecast_all(
-    spool: Spool, predictor: Predictor, file: Path, stride_minutes: int, tick: Callable[[float], None]
+    spool: Spool, predictor: Predictor, file: Path, stride_minutes: int, personal: bool, tick: Callable[[float], None]
 ) -> BacktestSummary:
     """Forecast group by group into `file`."""
     spec = WindowSpec(
@@ -120,12 +124,13 @@ def _forecast_all(
         for rows in _groups(spool, file.parent):
             series = _series(rows, spool)
             windows = cut_windows(series, spec, need_target=False)
-            due = _due(windows, stride_minutes)
-            for at in range(0, len(due), _BATCH):
-                write(_table(windows, due[at : at + _BATCH], predictor))
-                share = (read + len(rows) * at / len(due)) / spool.readings
-                tick(_READING_SHARE + (1 - _READING_SHARE) * share)
-            read, used, forecasts = read + len(rows), used + len(series.time_s), forecasts + len(due)
+            people = _due(windows, stride_minutes)
+            for person, due in enumerate(people):
+                if len(due):
+                    write(_table(series, due, person, *_forecast(windows, due, predictor, personal)))
+                    share = (read + int(series.starts[person + 1])) / spool.readings
+                    tick(_READING_SHARE + (1 - _READING_SHARE) * share)
+            read, used, forecasts = read + len(rows), used + len(series.time_s), forecasts + sum(map(len, people))
     skipped = dict(spool.skipped)
     if read > used:
         skipped["duplicate-time"] = read - used
@@ -174,35 +179,42 @@ def _series(rows: Rows, spool: Spool) -> Series:
     )
 
 
-def _due(windows: Windows, stride_minutes: int) -> Int64:
-    """Rows of the series at which a forecast is issued: a patient's first possible one, then stride by stride."""
+def _due(windows: Windows, stride_minutes: int) -> list[Int64]:
+    """For each person the rows of the series at which a forecast is issued: the first possible, then by strides."""
     step = stride_minutes * 60 - min(JITTER_SECONDS, stride_minutes * 30)
-    due: list[int] = []
+    people: list[Int64] = []
     for start, stop in windows.by_patient():
         anchors = windows.anchors[start:stop]
         times = windows.series.time_s[anchors].tolist()
-        at = 0
+        at, due = 0, []
         while at < len(times):
-            due.append(start + at)
+            due.append(at)
             at = bisect_left(times, times[at] + step, at + 1)
-    return windows.anchors[np.array(due, dtype=np.int64)]
+        people.append(anchors[np.array(due, dtype=np.int64)])
+    return people
 
 
-def _table(windows: Windows, due: Int64, predictor: Predictor) -> Any:
-    """Arrow table of 12 rows for each of these issue readings."""
+def _forecast(windows: Windows, due: Int64, predictor: Predictor, personal: bool) -> tuple[Float32, Float32]:
+    """Forecast [B,12] and quantiles [B,12,5] in mg/dL at one person's issue readings, in order of time."""
+    parts = [
+        Past.of(batch, *predictor.predict(batch.x, batch.last), windows.series.time_s[rows])
+        for rows, batch in ((rows, windows.gather(rows)) for rows in np.split(due, range(_BATCH, len(due), _BATCH)))
+    ]
+    past = Past.joined(parts)
+    return replayed(past) if personal else (past.forecast, past.quantiles)
+
+
+def _table(series: Series, due: Int64, person: int, forecast: Float32, quantiles: Float32) -> Any:
+    """Arrow table of 12 rows for each of these issue readings of one person."""
     import pyarrow as pa
 
-    batch = windows.gather(due)
-    forecast, quantiles = predictor.predict(batch.x, batch.last)
     wide = len(HORIZON_MINUTES)
     row = np.repeat(np.arange(len(due)), wide)
-    owner = np.searchsorted(windows.series.starts, due, side="right") - 1
-    names = pa.array([windows.series.patients[p] for p in owner], pa.string())
-    moments = np.datetime_as_string(windows.series.time_s[due].astype("datetime64[s]"), timezone="naive")
+    moments = np.datetime_as_string(series.time_s[due].astype("datetime64[s]"), timezone="naive")
     issued = pa.array(np.char.add(moments, "+00:00").tolist(), pa.string())
     values = [forecast, *np.moveaxis(quantiles, -1, 0)]
     columns = [
-        names.take(pa.array(row)),
+        pa.repeat(series.patients[person], len(row)),
         issued.take(pa.array(row)),
         np.tile(HORIZON_MINUTES, len(due)).astype(np.int32),
     ]

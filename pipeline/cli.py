@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from data_schemas.errors import BadInput, IsletError
-from pipeline import cli_deploy, cli_federation, cli_governance
+from pipeline import cli_deploy, cli_federation, cli_governance, cli_models
 from pipeline.cli_node import NodePath, make_node, node, say
 
 if TYPE_CHECKING:
@@ -39,6 +38,7 @@ app.add_typer(ledger, name="ledger")
 cli_federation.register(ledger)
 cli_governance.register(app, aggregator)
 cli_deploy.register(aggregator, node)
+cli_models.register(app)
 
 AggregatorPath = Annotated[Path, typer.Argument(metavar="AGGREGATOR", help="The aggregator's folder.")]
 NodePaths = Annotated[list[Path], typer.Option("--node", help="A node folder on this machine; repeat for each.")]
@@ -304,63 +304,6 @@ def ledger_export(path: LedgerPath, out: Annotated[Path, typer.Option(help="JSON
 # --- the rest ---------------------------------------------------------------------------------------------------
 
 
-@app.command("backtest")
-def backtest_command(
-    readings: Annotated[Path, typer.Option(help="CSV or CSV.gz with patient_id,time,glucose_mg_dl.")],
-    model: Annotated[str, typer.Option(help="Folder of an exported model, or models:/NAME@ALIAS.")],
-    out: Annotated[Path, typer.Option(help="CSV or CSV.gz to write.")],
-    stride_minutes: Annotated[int, typer.Option(help="Minutes between two forecasts of a patient.")] = 15,
-    zone: Annotated[str, typer.Option(help="IANA zone of times that carry none.")] = "UTC",
-) -> None:
-    """Forecast a file of past readings, each forecast from what was known when it was issued."""
-    from pipeline.backtest import backtest
-    from pipeline.demo import load_any
-
-    started = time.monotonic()
-    summary = backtest(readings, load_any(model), out, zone, stride_minutes=stride_minutes, progress=_bar())
-    skipped = ", ".join(f"{count:,} {reason}" for reason, count in summary.skipped.items()) or "none"
-    say(f"{summary.readings:,} readings of {summary.patients:,} patients, {summary.forecasts:,} forecasts "
-        f"in {time.monotonic() - started:.0f} s; skipped rows: {skipped}")  # fmt: skip
-
-
-def _bar() -> Callable[[float], None]:
-    """Progress on a terminal's error stream, in tenths; nothing when the output is not watched."""
-    shown = -1
-
-    def tick(share: float) -> None:
-        nonlocal shown
-        if sys.stderr.isatty() and int(share * 10) > shown:
-            shown = int(share * 10)
-            sys.stderr.write(f"\r{shown * 10:3d} %" + ("\n" if shown >= 10 else ""))
-            sys.stderr.flush()
-
-    return tick
-
-
-@app.command("evaluate")
-def evaluate_command(
-    model: Annotated[str | None, typer.Option(help="Folder of an exported model, or models:/NAME@ALIAS.")] = None,
-    readings: Annotated[
-        list[Path] | None, typer.Option(help="CSV or CSV.gz with patient_id,time,glucose_mg_dl; one a site, repeat.")
-    ] = None,
-    nodes: Annotated[
-        list[Path] | None, typer.Option("--nodes", help="Node folder on this machine; repeat for each.")
-    ] = None,
-    protocol: Annotated[str | None, typer.Option(help="A published protocol: by-patient or glucobench.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for scores.json, scores.html and pictures.")] = Path("evaluation"),
-    zone: Annotated[str, typer.Option(help="IANA zone of times that carry none.")] = "UTC",
-) -> None:
-    """Score a model beside every baseline, on people nobody trained on."""
-    from pipeline.assessment import Request, assess
-    from pipeline.demo import load_any, windows_of_nodes
-
-    if bool(readings) == bool(nodes):
-        raise BadInput("give readings or nodes", "use --readings FILE for files, or --nodes FOLDER for local nodes")
-    loaded = load_any(model) if model else None
-    sites = {} if not nodes else windows_of_nodes(nodes, loaded.spec.history_minutes if loaded else 120)
-    say(assess(Request(loaded, tuple(readings or ()), sites, protocol, out, zone), say))
-
-
 @app.command("demo")
 def demo_command(
     out: Annotated[Path, typer.Option(help="Folder for nodes, aggregator, model and report.")] = Path("demo-run"),
@@ -372,20 +315,6 @@ def demo_command(
     from pipeline.demo import run_demo
 
     run_demo(out, rounds, epsilon, seed, say)
-
-
-@app.command("review")
-def review_command(
-    root: Annotated[Path, typer.Argument(help="Folder that holds mlruns/; a demo's is its --out.")] = Path(),
-) -> None:
-    """Tell how to open the runs in MLflow, and which columns to look at first."""
-    database = root / "mlruns" / "mlflow.db"
-    if not database.exists():
-        raise BadInput(f"{root} holds no mlruns/mlflow.db", "give the folder of a run; `islet demo` makes one")
-    say(f"cd {root.resolve()} && MLFLOW_DISABLE_TELEMETRY=true mlflow server --port 5000 "
-        "--backend-store-uri sqlite:///mlruns/mlflow.db")  # fmt: skip
-    say("then open http://127.0.0.1:5000 and the experiment's table of runs")
-    say("columns to show: heldout_rmse_30/* (mg/dL, lower is better), epsilon, rounds; newest first")
 
 
 @app.command("version")

@@ -114,10 +114,14 @@ def personalised(plain: Scored, windows: Windows) -> Scored:
     forecast, quantiles = plain.forecast.copy(), plain.quantiles.copy()
     for start, stop in windows.by_patient():
         if start < stop:
-            rows = slice(start, stop)
-            batch = windows.gather(windows.anchors[rows])
-            past = Past.of(batch, plain.forecast[rows], plain.quantiles[rows], plain.time_s[rows])
-            forecast[rows], quantiles[rows] = replayed(past)
+            parts = [slice(at, min(at + _BATCH, stop)) for at in range(start, stop, _BATCH)]
+            past = Past.joined(
+                [
+                    Past.of(windows.gather(windows.anchors[p]), plain.forecast[p], plain.quantiles[p], plain.time_s[p])
+                    for p in parts
+                ]
+            )
+            forecast[start:stop], quantiles[start:stop] = replayed(past)
     return replace(plain, forecast=forecast, quantiles=quantiles)
 
 

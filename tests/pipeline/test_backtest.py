@@ -88,13 +88,24 @@ def test_forecasts_use_the_history_that_training_uses(tmp_path: Path) -> None:
     from pipeline.windows import WindowSpec, history_features
 
     frame = readings(1)
-    found = run(tmp_path, frame)
+    found = run(tmp_path, frame, personal=False)
     times = pd.to_datetime(frame.time, utc=True).astype("datetime64[s, UTC]").astype("int64").to_numpy()
     spec = WindowSpec(history_minutes=180)
     for issued, rows in found.groupby("issued_at"):
         until = times <= pd.Timestamp(str(issued)).timestamp()
         x, last = history_features(times[until], frame.glucose_mg_dl.to_numpy(np.float32)[until], spec)
         assert rows.forecast_mg_dl.to_numpy() == pytest.approx(Trend().predict(x, last)[0][0], abs=0.006)
+
+
+def test_personal_forecasts_begin_as_the_model_and_then_leave_it(tmp_path: Path) -> None:
+    """The first hours of a person are the model's own; later forecasts are corrected from that person's past."""
+    frame = readings(2)
+    plain, personal = run(tmp_path, frame, personal=False), run(tmp_path, frame, "personal.csv")
+    first = plain.groupby("patient_id").head(12).index
+
+    assert plain.drop(columns=list(COLUMNS[3:])).equals(personal.drop(columns=list(COLUMNS[3:])))
+    assert personal.forecast_mg_dl[first].to_numpy() == pytest.approx(plain.forecast_mg_dl[first].to_numpy())
+    assert not np.allclose(personal.forecast_mg_dl, plain.forecast_mg_dl, atol=0.5)
 
 
 @pytest.mark.parametrize("stride", [5, 15, 60])
