@@ -66,7 +66,8 @@ recompute: .venv/installed .venv-recompute/installed
 
 # Every branch of what guards patients' privacy budget is taken by a test, or this fails.
 PRIVACY_TESTS := tests/privacy --ignore=tests/privacy/test_audit.py \
-	tests/pipeline/test_private_training.py tests/pipeline/test_auditing.py \
+	tests/pipeline/test_private_training.py tests/pipeline/test_gate_tap.py tests/pipeline/test_horizon_curves.py \
+	tests/pipeline/test_auditing.py \
 	tests/pipeline/test_membership.py tests/pipeline/test_accounting.py tests/hospital_node/test_budget.py \
 	tests/hospital_node/test_local_round.py tests/hospital_node/test_scoring.py tests/hospital_node/test_release.py
 

@@ -51,12 +51,13 @@ def measure(
     begun = time.monotonic()
     runs = [scorer.errors(federate(hospitals, scorer.start, scorer.spec, recipe, seed)) for seed in seeds]
     noise = recipe.calibrated().noise_multiplier
-    row = {"name": name, "epsilon": recipe.epsilon, "noise": noise, **_summary(runs)}
+    row = {"name": name, "epsilon": recipe.epsilon, "noise": noise, **summary(runs)}
     print(line(row), f"{(time.monotonic() - begun) / len(runs):5.1f} s a run", flush=True)
     return row
 
 
-def _summary(runs: Sequence[Errors]) -> Row:
+def summary(runs: Sequence[Errors]) -> Row:
+    """Mean and standard deviation of each column."""
     values = {c: [getattr(r, c) for r in runs] for c in COLUMNS}
     return {c: mean(v) for c, v in values.items()} | {
         f"{c}_std": stdev(v) if len(v) > 1 else 0.0 for c, v in values.items()
@@ -81,7 +82,7 @@ def curve(hospitals: Sequence[Hospital], scorer: Scorer, recipe: Recipe) -> list
 
 
 def _fixed(name: str, errors: Errors) -> Row:
-    row = {"name": name, "epsilon": None, "noise": 0.0, **_summary([errors])}
+    row = {"name": name, "epsilon": None, "noise": 0.0, **summary([errors])}
     print(line(row), flush=True)
     return row
 

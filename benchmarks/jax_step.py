@@ -57,7 +57,7 @@ def jax_privacy_step(shape: Shape) -> Callable[[], object]:
         return params, first, second, keys[0]
 
     zeros = jax.tree.map(jnp.zeros_like, params)
-    x, y = (jnp.asarray(part.transpose(0, 1).contiguous().numpy()) for part in data(shape))
+    x, y = (jnp.asarray(part.transpose(0, 1).contiguous().cpu().numpy()) for part in data(shape))
     state = [params, zeros, zeros, jax.random.key(0)]
 
     def run() -> None:

@@ -1,4 +1,8 @@
-"""How everything here is timed: one thread, variants in turn within one run, and medians of ratios to the first."""
+"""How everything here is timed: one thread, variants in turn within one run, and medians of ratios to the first.
+
+A step's time is the processor time of this process, so that other programs on the machine matter little; on a GPU it is
+the clock's.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,8 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+
+import torch
 
 ROOT = Path(__file__).parents[1]
 
@@ -39,9 +45,15 @@ def interleaved(
 
 
 def _milliseconds(run: Callable[[], object]) -> float:
-    started = time.perf_counter()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        return 1e3 * (time.perf_counter() - started)
+    started = time.process_time()
     run()
-    return 1e3 * (time.perf_counter() - started)
+    return 1e3 * (time.process_time() - started)
 
 
 def restart_peak() -> float:

@@ -1,7 +1,7 @@
 """One training step that is private per patient, beside the same step without privacy, Opacus's DPLSTM and jax_privacy.
 
 A step is forward, backward and Adam for an LSTM with a linear head on its last hidden state, squared error, 12 outputs.
-A patient has k windows; per-patient clipping takes their mean gradient as one.
+A patient has k windows; per-patient clipping takes their mean gradient as one. Where there is a GPU, steps run on it.
 
     python -m benchmarks.private_step [--quick]
     python -m benchmarks.private_step --memory VARIANT WINDOWS HIDDEN LAYERS K
@@ -20,12 +20,14 @@ from torch import Tensor, nn
 
 from benchmarks.measuring import fresh_process, interleaved, peak_megabytes, restart_peak, table
 from pipeline.book_keeping import Book, add_clipped_gradients, parts_of
+from pipeline.fitting import training_device
 from pipeline.gate_tap import GateTap, last_hidden_recorded
 from pipeline.noise import SeededNoise
 from pipeline.private_training import PatientOptimizer
 
 STEPS, FEATURES, OUTPUTS = 48, 4, 12
 CLIP, NOISE = 1.0, 1.0
+DEVICE = training_device()
 
 
 @dataclass(frozen=True)
@@ -81,14 +83,15 @@ def data(shape: Shape) -> tuple[Tensor, Tensor]:
     """Inputs [k,P,T,F] and targets [k,P,12]."""
     draw = torch.Generator().manual_seed(0)
     return (
-        torch.randn(shape.k, shape.patients, STEPS, FEATURES, generator=draw),
-        torch.randn(shape.k, shape.patients, OUTPUTS, generator=draw),
+        torch.randn(shape.k, shape.patients, STEPS, FEATURES, generator=draw).to(DEVICE),
+        torch.randn(shape.k, shape.patients, OUTPUTS, generator=draw).to(DEVICE),
     )
 
 
 def not_private(shape: Shape) -> Callable[[], object]:
     """torch.nn.LSTM and a linear head."""
-    lstm, head = nn.LSTM(FEATURES, shape.hidden, shape.layers, batch_first=True), nn.Linear(shape.hidden, OUTPUTS)
+    lstm = nn.LSTM(FEATURES, shape.hidden, shape.layers, batch_first=True).to(DEVICE)
+    head = nn.Linear(shape.hidden, OUTPUTS).to(DEVICE)
     adam = torch.optim.Adam([*lstm.parameters(), *head.parameters()])
     x, y = (part.flatten(0, 1) for part in data(shape))
 
@@ -102,7 +105,7 @@ def not_private(shape: Shape) -> Callable[[], object]:
 
 def islet(shape: Shape) -> Callable[[], object]:
     """The product's layer with book-keeping, Opacus's optimizer around Adam."""
-    model = Stack(shape)
+    model = Stack(shape).to(DEVICE)
     private = PatientOptimizer(
         torch.optim.Adam(model.parameters()),
         noise_multiplier=NOISE,
@@ -138,7 +141,7 @@ def opacus_dplstm(shape: Shape) -> Callable[[], object]:
             out: Tensor = self.head(self.lstm(x)[1][0][-1])
             return out
 
-    model = GradSampleModule(Model())
+    model = GradSampleModule(Model().to(DEVICE))
     private = DPOptimizer(
         torch.optim.Adam(model.parameters()),
         noise_multiplier=NOISE,
@@ -193,15 +196,11 @@ def speed_rows(shapes: list[Shape], seconds: float) -> None:
         print("| " + " | ".join([*cells, *ratios, faster]) + " |", flush=True)
 
 
-def memory_rows(shapes: list[Shape]) -> list[list[str]]:
-    """One row a shape: extra megabytes of each variant, each in a process of its own."""
-    return [
-        [
-            *map(str, (shape.windows, shape.hidden, shape.layers, shape.k)),
-            *(_measured_memory(name, shape) for name in variants()),
-        ]
-        for shape in shapes
-    ]
+def memory_rows(shapes: list[Shape]) -> None:
+    """Print one row a shape: extra megabytes of each variant, each in a process of its own."""
+    for shape in shapes:
+        cells = [*map(str, (shape.windows, shape.hidden, shape.layers, shape.k))]
+        print("| " + " | ".join([*cells, *(_measured_memory(name, shape) for name in variants())]) + " |", flush=True)
 
 
 def _measured_memory(name: str, shape: Shape) -> str:
@@ -218,14 +217,17 @@ def main(arguments: list[str]) -> None:
         return
     quick = "--quick" in arguments
     sizes = ["windows", "hidden", "layers", "k"]
-    print("A training step as a ratio to nn.LSTM without privacy, medians of interleaved turns, one thread\n")
+    print(
+        "A training step as a ratio to nn.LSTM without privacy, medians of interleaved turns, one thread\n", flush=True
+    )
     others = [name for name in variants() if name != FLOOR]
     print(table([*sizes, "nn.LSTM ms", *others, "times faster than DPLSTM"], []), flush=True)
-    speed_rows(QUICK if quick else SHAPES, 2.0 if quick else 4.0)
+    speed_rows(QUICK if quick else SHAPES, 2.0)
     if "jax_privacy" not in others:
         print("\njax_privacy: not installed")
     print("\nExtra peak memory of a step in MB, each in a fresh process\n")
-    print(table([*sizes, *variants()], memory_rows(MEMORY[:2] if quick else MEMORY)))
+    print(table([*sizes, *variants()], []), flush=True)
+    memory_rows(MEMORY[:2] if quick else MEMORY)
 
 
 if __name__ == "__main__":

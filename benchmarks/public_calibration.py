@@ -1,6 +1,9 @@
-"""Clip and learning rate, chosen on PUBLIC readings only: a make-believe federation of public people.
+"""Clip, learning rate and horizon curves, chosen on PUBLIC readings only: a make-believe federation of public people.
 
-    python -m benchmarks.public_calibration PHYSIOCGM.csv OUT_FOLDER
+    python -m benchmarks.public_calibration PHYSIOCGM.csv OUT_FOLDER [EPSILON]
+
+Without EPSILON every clip at every step size (learning rate x clip) at the demo plan's epsilon; with it every number of
+horizon curves at every step size at that epsilon, the clip that of the plan.
 
 Three of the nine public people make a warm start of their own (the shipped one has seen all nine). Four others, cut
 into spells of two days, play the patients of six hospitals of the demo's declared sizes; half of the spells are moved
@@ -26,6 +29,7 @@ from pipeline.demo import HELDOUT_FRACTION, PLAN, SITES
 from pipeline.fitting import FitPlan, fit
 from pipeline.forecaster import Forecaster, ForecasterSpec, flatten, unflatten, whiten
 from pipeline.plans import load_plan
+from pipeline.private_training import LocalPlan
 from pipeline.windows import Series, WindowSpec, cut_windows
 
 STEPS = 1500
@@ -34,6 +38,7 @@ CALM_FACTOR = 0.4
 CALM_MEAN_MG_DL = 100.0
 CLIPS = (0.05, 0.1, 0.2, 0.4)
 STEP_SIZES = (0.0025, 0.005, 0.01, 0.02, 0.04)
+CURVES = (1, 2, 3, 12)
 
 
 def calm(series: Series) -> Series:
@@ -79,10 +84,27 @@ def hospitals(series: Series, spec: WindowSpec) -> list[Hospital]:
     return made
 
 
+def choices(local: LocalPlan, curves: bool) -> dict[str, LocalPlan]:
+    """Every setting to compare."""
+    if curves:
+        return {
+            f"{number} curves, rate {size / local.max_grad_norm:g}": replace(
+                local, horizon_curves=number, learning_rate=size / local.max_grad_norm
+            )
+            for number in CURVES
+            for size in STEP_SIZES
+        }
+    return {
+        f"clip {clip:g}, rate {size / clip:g}": replace(local, max_grad_norm=clip, learning_rate=size / clip)
+        for clip in CLIPS
+        for size in STEP_SIZES
+    }
+
+
 def main(arguments: Sequence[str]) -> int:
-    """Measure every clip at every step size (learning rate x clip) and print the best."""
-    if len(arguments) != 2:
-        sys.stderr.write("usage: python -m benchmarks.public_calibration PHYSIOCGM.csv OUT_FOLDER\n")
+    """Measure every setting and print the best."""
+    if len(arguments) not in (2, 3):
+        sys.stderr.write("usage: python -m benchmarks.public_calibration PHYSIOCGM.csv OUT_FOLDER [EPSILON]\n")
         return 2
     torch.set_num_threads(1)
     out = Path(arguments[1])
@@ -92,15 +114,13 @@ def main(arguments: Sequence[str]) -> int:
     start = start_of(series.select(series.patients[:3]), spec)
     sites = hospitals(series, WindowSpec(history_minutes=plan.model.history_minutes))
     sites = [replace(h, heads=HeadTrainer(h.training, start, spec)) for h in sites]
-    scorer, recipe = Scorer(sites[:2], start, spec), recipe_of(plan, plan.privacy.epsilon)
+    epsilon = float(arguments[2]) if len(arguments) == 3 else plan.privacy.epsilon
+    scorer, recipe = Scorer(sites[:2], start, spec), recipe_of(plan, epsilon)
     print("public start", scorer.errors(start), flush=True)
-    rows = []
-    for clip in CLIPS:
-        for size in STEP_SIZES:
-            local = replace(recipe.local, max_grad_norm=clip, learning_rate=size / clip)
-            rows.append(
-                measure(f"clip {clip:g}, rate {size / clip:g}", sites, scorer, replace(recipe, local=local), (1, 2))
-            )
+    rows = [
+        measure(name, sites, scorer, replace(recipe, local=local), (1, 2))
+        for name, local in choices(recipe.local, curves=len(arguments) == 3).items()
+    ]
     (out / "calibration.json").write_text(json.dumps(rows, indent=1))
     best = min(rows, key=lambda row: row["mean_30"] + row["mean_60"])
     print("best by mean over both kinds of people, 30 and 60 minutes:", best["name"])

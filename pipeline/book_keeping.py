@@ -42,8 +42,8 @@ class Book:
     def __init__(self) -> None:
         self._entries: list[Entry] = []
 
-    def note_tap(self, tap: GateTap, inputs: Tensor, output: Tensor) -> None:
-        """Inputs [T, ..., P, F+1+H] and the leaf output [T, N, 4H] of an LSTM layer."""
+    def note_tap(self, tap: GateTap | nn.Linear, inputs: Tensor, output: Tensor) -> None:
+        """Inputs [T, ..., P, F+1+H] and the leaf output [T, N, 4H] of an LSTM layer, or of what adapts one."""
         self._entries.append(Entry(tap, inputs.reshape(-1, *inputs.shape[-2:]), output))
 
     def watch(self, layer: nn.Linear) -> None:

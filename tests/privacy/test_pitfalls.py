@@ -242,6 +242,17 @@ def test_epsilon_does_not_restart_each_round(node: Path) -> None:
     assert reported == pytest.approx(expected, abs=1e-12)
 
 
+def test_the_book_stops_what_the_checks_let_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Should the checks before it fail, the budget book keeps to the hospital's ceiling, and nothing is spent."""
+    path = make_node(tmp_path / "north", seed=None, max_epsilon_training=0.1)
+    fill(path, patients=14)
+    monkeypatch.setattr(local_round, "check_training", lambda *_: None)
+
+    assert train(path, UNSEEDED) == Refusal(code=RefusalCode.BUDGET_EXHAUSTED)
+    with NodeFolder.open(path) as opened:
+        assert opened.budget().rows() == ()
+
+
 def test_a_plan_that_understates_its_epsilon_is_refused(node: Path) -> None:
     """The claim is held against what noise, rate and rounds really give."""
     lies = plan(privacy__epsilon=0.5).model_copy(update={"seed": None})

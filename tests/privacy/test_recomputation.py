@@ -20,7 +20,7 @@ from hospital_node.budget import BudgetBook
 from pipeline.plans import load_plan
 
 ORDERS = (*range(2, 64), 128, 256)
-DEMO = Path(__file__).parents[2] / "data_schemas" / "plans" / "demo.toml"
+PLANS = Path(__file__).parents[2] / "data_schemas" / "plans"
 KEY = b"k" * 32
 
 
@@ -90,9 +90,10 @@ def test_epsilon_of_the_book_equals_an_independent_recomputation(tmp_path: Path,
     assert book.rows()[-1].epsilon_after == book.spent("training")
 
 
-def test_the_demo_plan_costs_what_it_says(tmp_path: Path) -> None:
-    """All rounds of the shipped plan, recomputed, stay within its epsilon and reach 99% of it; so does its credit."""
-    plan = load_plan(DEMO)
+@pytest.mark.parametrize("path", sorted(PLANS.glob("*.toml")), ids=lambda path: path.stem)
+def test_a_shipped_plan_costs_what_it_says(path: Path) -> None:
+    """All rounds of the plan, recomputed, stay within its epsilon and reach 99% of it; so does its credit."""
+    plan = load_plan(path)
 
     training = recomputed([plan.round_event] * plan.rounds, plan.privacy.delta)
     credit = recomputed([plan.release_event] * plan.credit_epochs, plan.privacy.delta)
