@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow browser deployment postgresql faults lint bench audit recompute coverage openapi lock clean
+.PHONY: demo test test-slow browser deployment postgresql faults lint bench audit recompute coverage openapi contract lock clean
 
 .venv/installed: pyproject.toml requirements.lock
 	$(PYTHON) -m venv .venv
@@ -46,6 +46,10 @@ lint: .venv/installed
 # The contract of the forecast endpoint, committed so that a change of it is seen.
 openapi: .venv/installed
 	$(BIN)/python -m hospital_node.openapi_document docs/openapi.json
+
+# A thousand generated requests to each operation of a real endpoint: no 5xx, no answer that the contract lacks.
+contract: .venv/installed
+	$(BIN)/python -m tests.hospital_node.contract
 
 bench: .venv/installed
 	$(BIN)/python -m benchmarks

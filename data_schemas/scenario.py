@@ -6,20 +6,21 @@ plan would do, never which plan to follow.
 
 from __future__ import annotations
 
-from pydantic import AwareDatetime, Field
+from pydantic import Field
 
 from data_schemas.frozen import Frozen
+from data_schemas.moment import Moment
 
 
-class Planned(Frozen):
+class Planned(Frozen, strict=True):
     """One planned meal or rapid-acting insulin, or both, between the newest reading and 60 minutes after it."""
 
-    at: AwareDatetime
+    at: Moment
     carbs_g: float = Field(default=0.0, ge=0, le=300)
     insulin_u: float = Field(default=0.0, ge=0, le=50)
 
 
-class Scenario(Frozen):
+class Scenario(Frozen, strict=True):
     """A plan, and the two numbers of this person that it is simulated with.
 
     insulin_sensitivity: by how much one unit lowers this person's glucose in the end, in the request's unit.

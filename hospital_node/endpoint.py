@@ -20,6 +20,7 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
+from starlette.routing import Route
 
 from data_schemas.errors import BadInput, StorageFailed
 from data_schemas.frozen import Frozen
@@ -196,11 +197,12 @@ def _add_problem_handlers(app: FastAPI) -> None:
         return _answer(no_forecast(error.reason))
 
     @app.exception_handler(HTTPException)
-    async def refused(_request: Request, error: HTTPException) -> Response:
+    async def refused(request: Request, error: HTTPException) -> Response:
         title = HTTP_TITLES.get(error.status_code, "Request refused")
         name = title.lower().replace(" ", "-")
         challenge = {"WWW-Authenticate": "Bearer"} if error.status_code == 401 else {}
-        headers = {**(error.headers or {}), **challenge}
+        allow = {"Allow": _methods(app, request.url.path)} if error.status_code == 405 else {}
+        headers = {**(error.headers or {}), **challenge, **allow}
         return _answer(problem(error.status_code, name, title, str(error.detail)), headers)
 
     @app.exception_handler(RequestValidationError)
@@ -222,6 +224,12 @@ def _add_problem_handlers(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def failed(_request: Request, _error: Exception) -> Response:
         return _answer(problem(500, "internal", "Internal error", "The node's log has the cause."))
+
+
+def _methods(app: FastAPI, path: str) -> str:
+    """Every method of a path, as RFC 9110 (15.5.6) wants; a router knows those of its first match only."""
+    routes = [route for route in app.routes if isinstance(route, Route) and route.path_regex.match(path)]
+    return ", ".join(sorted({method for route in routes for method in route.methods or ()}))
 
 
 def _answer(told: Problem, headers: dict[str, str] | None = None) -> Response:

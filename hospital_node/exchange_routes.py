@@ -112,17 +112,19 @@ def add_fhir_routes(app: FastAPI, services: Services) -> None:
     async def observations(
         request: Request,
         patient: Pseudonym,
-        code: Annotated[str, Query(description="99504-3 (readings) or glucose-forecast.")] = fhir_out.READING_CODE,
+        code: Annotated[
+            str,
+            Query(
+                pattern=fhir_out.CODES, description="99504-3 (readings) or glucose-forecast, after `system|` or bare."
+            ),
+        ] = fhir_out.READING_CODE,
         count: Annotated[int, Query(alias="_count", ge=1, le=nightscout.MOST_ENTRIES)] = 50,
     ) -> Response:
         """Search one patient's readings, newest first, or the present forecast."""
         request.scope[PATIENT] = patient
         to_read(services.guard.bearer(request), patient)
-        wanted = code.rpartition("|")[2]
-        if wanted not in (fhir_out.READING_CODE, fhir_out.FORECAST_CODE):
-            raise HTTPException(422, "`code` is 99504-3 (readings) or glucose-forecast.")
         times, values = await services.stored(patient)
-        if wanted == fhir_out.READING_CODE:
+        if code.rpartition("|")[2] == fhir_out.READING_CODE:
             found = fhir_out.newest(patient, times, values, count)
         else:
             made = or_declined(services.forecast((times, values), "mg/dL"))

@@ -16,6 +16,7 @@ from pipeline.forecasting import Float32, Int64
 
 FHIR_JSON = "application/fhir+json"
 READING_CODE, FORECAST_CODE = "99504-3", "glucose-forecast"
+CODES = rf"^([!-{{}}~]*\|)?({READING_CODE}|{FORECAST_CODE})$"
 FORECAST_SYSTEM = "urn:islet:code-system:observation"
 _READING_PROFILE = "http://hl7.org/fhir/uv/cgm/StructureDefinition/cgm-sensor-reading-mass-per-volume"
 _QUANTILES = ("p05", "p25", "p50", "p75", "p95")

@@ -6,12 +6,13 @@ from typing import Annotated
 import numpy as np
 from fastapi import FastAPI, Query, Request, Response
 from fastapi.responses import PlainTextResponse
-from pydantic import AwareDatetime, Field, StringConstraints
+from pydantic import Field, StringConstraints
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
 from data_schemas.forecast import Forecast, GlucoseUnit, NoForecast
 from data_schemas.frozen import Frozen
+from data_schemas.moment import Moment
 from data_schemas.scenario import Scenario
 from data_schemas.units import MG_DL_PER_MMOL_L
 from hospital_node.access import to_read
@@ -25,14 +26,14 @@ from pipeline.prometheus import MEDIA_TYPE, render
 Pseudonym = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]{1,128}$")]
 
 
-class Reading(Frozen):
+class Reading(Frozen, strict=True):
     """One sensor reading: its moment, with a UTC offset, and glucose in the unit of the request."""
 
-    at: AwareDatetime
+    at: Moment
     glucose: float = Field(gt=0, le=10_000)
 
 
-class ForecastRequest(Frozen):
+class ForecastRequest(Frozen, strict=True):
     """Readings of one person. They are used for the answer and not stored.
 
     With a scenario the answer also holds a labelled simulation of it, which is no advice.
@@ -82,7 +83,7 @@ def add_forecast_routes(app: FastAPI, services: Services) -> None:
         pseudonym: Pseudonym,
         units: GlucoseUnit = "mg/dL",
         as_of: Annotated[
-            AwareDatetime | None,
+            Moment | None,
             Query(
                 description="Replay: answer as at this past moment. Later readings are hidden; the answer repeats it."
             ),
@@ -92,7 +93,7 @@ def add_forecast_routes(app: FastAPI, services: Services) -> None:
         to_read(services.guard.bearer(request), pseudonym)
         as_of_s = None if as_of is None else as_of.timestamp()
         if as_of_s is not None and as_of_s > services.clock():
-            raise HTTPException(422, "`as_of` must not lie in the future.")
+            raise HTTPException(409, "`as_of` must not lie in the future.")
         readings = await services.stored(pseudonym)
         return json_answer(or_declined(services.forecast(readings, units, as_of_s=as_of_s)))
 

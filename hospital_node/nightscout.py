@@ -28,7 +28,7 @@ class Entry(BaseModel):
     date: epoch milliseconds; sgv: mg/dL, whatever the site shows.
     """
 
-    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False, strict=True)
 
     type: str = Field(default="sgv", max_length=40)
     date: float = Field(gt=0, lt=_LATEST_MS)

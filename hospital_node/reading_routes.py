@@ -21,7 +21,7 @@ from hospital_node.store import ALREADY_STORED
 from hospital_node.stream import events
 
 
-class ReadingsUpload(Frozen):
+class ReadingsUpload(Frozen, strict=True):
     """Readings of one person, to be kept by the node."""
 
     readings: tuple[Reading, ...] = Field(min_length=1, max_length=2000)

@@ -130,7 +130,7 @@ def test_replay_of_a_past_moment(client: TestClient, keys: dict[str, dict[str, s
     assert datetime.fromisoformat(told["last_reading_at"]) == START + timedelta(hours=6)
     later = datetime.fromtimestamp(NOW + 60, tz=UTC).isoformat()
     refused = client.get(url, params={"as_of": later}, headers=keys["one"])
-    assert "future" in problem(refused, 422, "request-refused")["detail"]
+    assert "future" in problem(refused, 409, "conflict")["detail"]
 
 
 def test_every_reason_has_its_problem(client: TestClient, keys: dict[str, dict[str, str]]) -> None:
@@ -194,6 +194,10 @@ def test_invalid_request_points_at_the_field_and_repeats_no_value(
     assert {"/body/readings/0/at", "/body/readings/1/glucose", "/body/readings/2", "/body/units"} <= pointers
     assert "123" not in answer.text
     headers = keys["all"] | {"Content-Type": "application/json"}
+    for at in ("0", '"0"', '"1700000000"', '"2026-01-01"'):
+        text = f'{{"readings": [{{"at": {at}, "glucose": 100}}], "units": "mg/dL"}}'
+        told = problem(client.post("/v1/forecast", content=text, headers=headers), 422, "invalid-request")
+        assert told["errors"][0]["pointer"] == "/body/readings/0/at"
     for text in (f'{{"readings": [{CANARY}', f'{{"readings": {CANARY}, "units": NaN}}', ""):
         answer = client.post("/v1/forecast", content=text, headers=headers)
         problem(answer, 422, "invalid-request")
@@ -219,6 +223,9 @@ def test_unknown_paths_and_methods_are_problems_too(client: TestClient) -> None:
     for path in ("/nothing", "/redoc", "/docs/oauth2-redirect"):
         problem(client.get(path), 404, "not-found")
     problem(client.get("/v1/forecast"), 405, "method-not-allowed")
+    both = client.delete("/api/v1/entries")
+    problem(both, 405, "method-not-allowed")
+    assert both.headers["allow"] == "GET, POST"
 
 
 def test_node_without_a_model_says_so(home: Path, model_folder: Path, tmp_path: Path) -> None:

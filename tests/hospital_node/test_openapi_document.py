@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tests.hospital_node import serving_node
+import pytest
+
+from tests.hospital_node import contract, serving_node
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "openapi.json"
 
@@ -20,3 +22,10 @@ def test_committed_document_is_the_served_one(tmp_path: Path) -> None:
     described = [o for path in document["paths"].values() for o in path.values()]
     assert all(o.get("description") for o in described)
     assert len({o["operationId"] for o in described}) == len(described)
+
+
+@pytest.mark.slow
+def test_answers_to_generated_requests_keep_the_contract(tmp_path: Path) -> None:
+    """A few generated requests to each operation of a real server; `make contract` sends a thousand to each."""
+    with contract.endpoint(tmp_path) as (url, headers):
+        assert contract.run(url, headers, cases=3, seed=1, phases="fuzzing") == 0
