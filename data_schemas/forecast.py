@@ -90,7 +90,8 @@ class Forecast(Frozen):
 
     as_of is set for a replay of the past: readings after that moment were hidden and age_seconds counts to it.
     ledger_entry is absent when this node's copy of the ledger does not publish the model. simulation is there when a
-    scenario was sent; `points` and the probabilities never know of it.
+    scenario was sent; `points` and the probabilities never know of it. personal: corrected from what this node knows of
+    the person's own past, which stays here.
     """
 
     model_version: str
@@ -103,6 +104,7 @@ class Forecast(Frozen):
     age_seconds: float = Field(ge=0)
     readings_used: int
     quality: tuple[Quality, ...] = ()
+    personal: bool = False
     units: GlucoseUnit
     interval_minutes: int = 5
     points: tuple[ForecastPoint, ...]

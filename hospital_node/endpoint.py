@@ -32,6 +32,7 @@ from hospital_node.exchange_routes import add_fhir_routes, add_nightscout_routes
 from hospital_node.forecast_routes import ForecastRequest, add_forecast_routes, add_status_routes
 from hospital_node.held_readings import HeldReadings
 from hospital_node.page_routes import add_page_routes
+from hospital_node.personal import PersonalAdaptations
 from hospital_node.problems import (
     HTTP_TITLES,
     INVALID_DETAIL,
@@ -93,6 +94,7 @@ def create_app(
             champion.folder_to_serve(node_home, model_folder), decided=partial(champion.is_champion, node_home)
         ),
         held=HeldReadings(node_home / "store"),
+        personal=PersonalAdaptations(),
         guard=Guard(node_home, clock, limit),
         audit=AuditLog(node_home / "reports" / "access.jsonl"),
         traffic=Traffic(),

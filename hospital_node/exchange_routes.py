@@ -87,7 +87,8 @@ def add_nightscout_routes(app: FastAPI, services: Services) -> None:
         who = _patient(request, caller, patient)
         times, values = await services.stored(who)
         try:
-            made: Forecast | NoForecast = services.forecast((times, values), "mg/dL")
+            adaptation = await services.adaptation(who, (times, values))
+            made: Forecast | NoForecast = services.forecast((times, values), "mg/dL", adaptation=adaptation)
         except Declined as error:
             made = error.reason
         return JSONResponse(nightscout.device_status(made, float(values[-1]), services.clock()))
@@ -127,7 +128,8 @@ def add_fhir_routes(app: FastAPI, services: Services) -> None:
         if code.rpartition("|")[2] == fhir_out.READING_CODE:
             found = fhir_out.newest(patient, times, values, count)
         else:
-            made = or_declined(services.forecast((times, values), "mg/dL"))
+            adaptation = await services.adaptation(patient, (times, values))
+            made = or_declined(services.forecast((times, values), "mg/dL", adaptation=adaptation))
             found = [fhir_out.forecast(patient, made)]
         return FhirResponse(fhir_out.bundle(found, _base(request)))
 

@@ -88,14 +88,18 @@ def add_forecast_routes(app: FastAPI, services: Services) -> None:
                 description="Replay: answer as at this past moment. Later readings are hidden; the answer repeats it."
             ),
         ] = None,
+        plain: Annotated[
+            bool, Query(description="The model alone, without what this person's own past taught.")
+        ] = False,
     ) -> Response:
-        """Forecast from the readings the node holds."""
+        """Forecast from the readings the node holds, corrected from this person's own past."""
         to_read(services.guard.bearer(request), pseudonym)
         as_of_s = None if as_of is None else as_of.timestamp()
         if as_of_s is not None and as_of_s > services.clock():
             raise HTTPException(409, "`as_of` must not lie in the future.")
         readings = await services.stored(pseudonym)
-        return json_answer(or_declined(services.forecast(readings, units, as_of_s=as_of_s)))
+        adaptation = None if plain else await services.adaptation(pseudonym, readings, as_of_s)
+        return json_answer(or_declined(services.forecast(readings, units, as_of_s=as_of_s, adaptation=adaptation)))
 
 
 def add_status_routes(app: FastAPI, services: Services) -> None:

@@ -8,15 +8,17 @@ import tempfile
 from pathlib import Path
 
 from hospital_node.endpoint import create_app
+from hospital_node.folder import NodeFolder
+from hospital_node.settings import NodeSettings
+
+_NODE = NodeSettings(name="any", federation="any", declared_training_patients=1, declared_heldout_patients=1, seed=0)
 
 
 def document_bytes() -> bytes:
     """Indented JSON of the document; it says nothing about any one node."""
     with tempfile.TemporaryDirectory() as place:
-        home = Path(place)
-        for folder in ("keys", "reports", "store"):
-            (home / folder).mkdir()
-        (home / "node.toml").touch()
+        home = Path(place) / "node"
+        NodeFolder.create(home, _NODE)
         document = create_app(home, home / "model").openapi()
     return json.dumps(document, indent=1, ensure_ascii=False).encode() + b"\n"
 

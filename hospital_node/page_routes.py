@@ -16,7 +16,6 @@ from hospital_node.forecast_routes import Pseudonym
 from hospital_node.problems import Declined
 from hospital_node.services import Services
 from hospital_node.settings import read_settings
-from pipeline.forecasting import make_forecast
 
 # No script at all; style and pictures from here; forms go nowhere else.
 POLICY = (
@@ -70,7 +69,8 @@ def add_page_routes(app: FastAPI, services: Services) -> None:
         model = services.served.find()
         made: Forecast | NoForecast = NoForecast.NO_MODEL
         if model is not None:
-            made = make_forecast(model, times, values, now_s, units)
+            adaptation = await services.adaptation(pseudonym, (times, values))
+            made = services.forecast((times, values), units, adaptation=adaptation)
         shown = await run_in_threadpool(
             pages.patient_page, pseudonym, times, values, made, model, now_s, units, pages.zone_of(settings)
         )

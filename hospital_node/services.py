@@ -18,10 +18,12 @@ from data_schemas.scenario import Scenario
 from hospital_node.access import Guard
 from hospital_node.audit_log import AuditLog
 from hospital_node.held_readings import HeldReadings
+from hospital_node.personal import PersonalAdaptations
 from hospital_node.problems import PROBLEM_JSON
 from hospital_node.published_model import PublishedModels
 from hospital_node.served_model import ServedModel
 from hospital_node.traffic import Traffic
+from pipeline.adaptation import Adaptation
 from pipeline.forecasting import Float32, Int64, make_forecast
 
 Body = TypeVar("Body", bound=BaseModel)
@@ -38,6 +40,7 @@ class Services:
     served: ServedModel
     published: PublishedModels
     held: HeldReadings
+    personal: PersonalAdaptations
     guard: Guard
     audit: AuditLog
     traffic: Traffic
@@ -49,19 +52,37 @@ class Services:
             return self.held.readings(pseudonym)
         return await run_in_threadpool(self.held.readings, pseudonym)
 
+    async def adaptation(
+        self, pseudonym: str, readings: tuple[Int64, Float32], moment_s: float | None = None
+    ) -> Adaptation:
+        """Return what the person's own past corrects at a moment (epoch seconds; None is now). May decline."""
+        model, moment = self.served.model(), self.clock() if moment_s is None else moment_s
+        kept = self.personal.kept(model, pseudonym, moment)
+        if kept is not None:
+            return kept
+        return await run_in_threadpool(self.personal.learn, model, pseudonym, readings, moment)
+
     def forecast(
         self,
         readings: tuple[Int64, Float32],
         units: GlucoseUnit,
         *,
         as_of_s: float | None = None,
+        adaptation: Adaptation | None = None,
         scenario: Scenario | None = None,
     ) -> Forecast | NoForecast:
         """Forecast with the model that answers now, or the reason against it; see make_forecast. May decline."""
         model = self.served.model()
         place = self.published.place(model.model_hash)
         return make_forecast(
-            model, *readings, self.clock(), units, as_of_s=as_of_s, ledger_entry=place, scenario=scenario
+            model,
+            *readings,
+            self.clock(),
+            units,
+            as_of_s=as_of_s,
+            adaptation=adaptation,
+            ledger_entry=place,
+            scenario=scenario,
         )
 
 

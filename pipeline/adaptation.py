@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TypeAlias
 
 import numpy as np
@@ -70,7 +71,7 @@ class Past:
     @classmethod
     def of(cls, batch: Batch, forecast: Float32, quantiles: Float32, time_s: Int64) -> Past:
         """From one person's windows, in order of time, and the model's answer to them."""
-        return cls(time_s, inputs_of(batch, forecast, time_s), forecast, quantiles, batch.y, batch.mask)
+        return cls(time_s, inputs_of(batch.x, batch.last, forecast, time_s), forecast, quantiles, batch.y, batch.mask)
 
     @classmethod
     def joined(cls, parts: Sequence[Past]) -> Past:
@@ -113,7 +114,7 @@ class _Learner:
         """Fill in what was shown, in order of time."""
         refresh = self.past.time_s // REFRESH_SECONDS
         begins = np.flatnonzero(np.diff(refresh, prepend=-1))
-        for begin, end in zip(begins, [*begins[1:], len(refresh)], strict=True):
+        for begin, end in pairwise([*begins.tolist(), len(refresh)]):
             rows = slice(begin, end)
             shown = self.at(int(refresh[begin])).apply(
                 self.past.inputs[rows], self.past.forecast[rows], self.past.quantiles[rows]
@@ -147,21 +148,21 @@ class _Learner:
             self._gram[knot] += (x * worth[:, knot, None]).T @ x
 
 
-def inputs_of(batch: Batch, forecast: Float32, time_s: Int64) -> Float64:
-    """float64[B,D] from windows, the model's forecast float32[B,12] in mg/dL and the moments of issue int64[B].
+def inputs_of(x: Float32, last: Float32, forecast: Float32, time_s: Int64) -> Float64:
+    """float64[B,D] from features x [B,T,F], last [B] and the model's forecast [B,12] in mg/dL, moments of issue [B].
 
     One prior fits all columns: their scales are about one, and faster harmonics of the day get less.
     """
     order = np.arange(1, HARMONICS + 1)
     turn = 2 * np.pi * (time_s % _DAY_SECONDS)[:, None] / _DAY_SECONDS * order
     fade = 1.0 / np.sqrt(1.0 + (order / 4.0) ** 2)
-    lags = 2.0 * batch.x[:, -1 - LAGS : -1, _CHANGE]
+    lags = 2.0 * x[:, -1 - LAGS : -1, _CHANGE]
     columns = (
         np.ones((len(time_s), 1)),
-        batch.x[:, -1, [_LEVEL]],
-        (forecast[:, _KNOTS] - batch.last[:, None]) / _SCALE_MG_DL,
+        x[:, -1, [_LEVEL]],
+        (forecast[:, _KNOTS] - last[:, None]) / _SCALE_MG_DL,
         np.pad(lags, ((0, 0), (LAGS - lags.shape[1], 0))),
-        batch.x[:, -1, _DAY],
+        x[:, -1, _DAY],
         np.cos(turn) * fade,
         np.sin(turn) * fade,
     )

@@ -17,6 +17,7 @@ from data_schemas.forecast import Forecast, GlucoseUnit, LedgerPlace, NoForecast
 from data_schemas.plan import ModelSpec
 from data_schemas.scenario import Scenario
 from data_schemas.units import HORIZON_MINUTES, MG_DL_PER_MMOL_L, QUANTILES, SENSOR_MAX_MG_DL, SENSOR_MIN_MG_DL
+from pipeline.adaptation import Adaptation, inputs_of
 from pipeline.model_card import ModelCard, privacy_statement
 from pipeline.reading_rules import DAY_SECONDS, judge
 from pipeline.what_if import (
@@ -71,6 +72,7 @@ def make_forecast(
     units: GlucoseUnit,
     *,
     as_of_s: float | None = None,
+    adaptation: Adaptation | None = None,
     ledger_entry: LedgerPlace | None = None,
     scenario: Scenario | None = None,
 ) -> Forecast | NoForecast:
@@ -79,7 +81,8 @@ def make_forecast(
     time_s: int64[N] UTC epoch seconds, any order; glucose_mg_dl: float32[N]; of one second the first reading counts.
     now_s: the clock. as_of_s: pretend that it is this past moment, hiding every later reading; ages then count to it.
     units: of the answer and of the scenario. Points lie at the newest reading + 5..60 minutes, whatever its age.
-    ledger_entry: where the ledger publishes the model. Raises UnusableScenario.
+    adaptation: what the person's own past corrects. ledger_entry: where the ledger publishes the model.
+    Raises UnusableScenario.
     """
     moment = now_s if as_of_s is None else as_of_s
     time_s, glucose_mg_dl = _in_order(time_s, glucose_mg_dl)
@@ -94,6 +97,8 @@ def make_forecast(
     x, last = history_features(time_s, glucose_mg_dl, windows)
     forecast, quantiles = model.predict(x, last)
     start_s = int(time_s[-1])
+    if adaptation is not None:
+        forecast, quantiles = adaptation.apply(inputs_of(x, last, forecast, time_s[-1:]), forecast, quantiles)
     low, high = _event_probabilities(quantiles[0].astype(np.float64))
     # Validated once as a whole: quicker than building twelve points one by one.
     return Forecast.model_validate(
@@ -108,6 +113,7 @@ def make_forecast(
             "age_seconds": max(0.0, moment - start_s),
             "readings_used": fit.readings_used,
             "quality": fit.quality,
+            "personal": adaptation is not None,
             "units": units,
             "points": _points(start_s, forecast[0], quantiles[0], units),
             "probability_below_70_within_30": low[0],

@@ -121,6 +121,17 @@ def test_forecast_from_stored_readings(client: TestClient, keys: dict[str, dict[
         assert told["as_of"] is None
 
 
+def test_a_stored_forecast_is_personal_and_can_be_plain(client: TestClient, keys: dict[str, dict[str, str]]) -> None:
+    """The answer tells whether this person's own past corrected it; `plain` asks for the model alone."""
+    url = f"/v1/patients/{PERSON}/forecast"
+    personal = client.get(url, headers=keys["one"]).json()
+    plain = client.get(url, params={"plain": True}, headers=keys["one"]).json()
+
+    assert personal["personal"] is True
+    assert plain["personal"] is False
+    assert personal["points"] != plain["points"]
+
+
 def test_replay_of_a_past_moment(client: TestClient, keys: dict[str, dict[str, str]]) -> None:
     """as_of hides later readings and is repeated in the answer; a moment to come is refused."""
     moment = START + timedelta(hours=6, minutes=2)
