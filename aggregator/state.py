@@ -28,7 +28,7 @@ from aggregator.aggregation import ServerState, model_hash
 from aggregator.progress import RoundSummary
 from data_schemas.canonical import bytes_hash, canonical_bytes, content_hash
 from data_schemas.errors import NodeBusy, StorageFailed
-from data_schemas.frozen import Frozen
+from data_schemas.frozen import Frozen, later
 from data_schemas.ledger import RejectedUpdate
 from data_schemas.messages import Hex32, SignedUpdate
 from pipeline.signing import write_durably
@@ -47,7 +47,7 @@ class RoundRecord(Frozen):
     plan_hash: Hex32
     base_model_hash: Hex32
     new_model_hash: Hex32
-    velocity_hash: Hex32 | None = None
+    velocity_hash: Hex32 | None = later(None)
     admitted: tuple[SignedUpdate, ...]
     rejected: tuple[RejectedUpdate, ...]
     ledger_size: int
@@ -179,6 +179,8 @@ def _load(path: Path, run: str) -> Checkpoint | None:
         return None
     with np.load(io.BytesIO(packed), allow_pickle=False) as arrays:
         server = ServerState(weights=arrays["weights"], velocity=arrays["velocity"], recent=tuple(arrays["recent"]))
-        begun = arrays["base"], arrays["base_velocity"]
+        # A checkpoint of before it was kept: the round's scoring, if it is repeated, is refused by nodes, no more.
+        base_velocity = arrays.get("base_velocity", np.zeros_like(server.velocity))
+        begun = arrays["base"], base_velocity
         checkpoint = Checkpoint(envelope.record, server, *begun, arrays["updates"])
     return checkpoint if model_hash(server.weights) == envelope.record.new_model_hash else None

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from data_schemas.frozen import Frozen
+from data_schemas.frozen import Frozen, later
 from data_schemas.governance import AttestationEntry, DecisionEntry, FoundingEntry, ProposalEntry, VoteEntry
 from data_schemas.messages import Hex32, SignedRelease, SignedUpdate
 
@@ -49,7 +49,7 @@ class RoundEntry(Frozen):
     plan_hash: Hex32
     base_model_hash: Hex32
     new_model_hash: Hex32
-    velocity_hash: Hex32 | None = None
+    velocity_hash: Hex32 | None = later(None)
     admitted: tuple[SignedUpdate, ...]
     rejected: tuple[RejectedUpdate, ...]
 

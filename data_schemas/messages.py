@@ -12,7 +12,7 @@ from typing import Literal
 from pydantic import Field
 
 from data_schemas.canonical import content_hash
-from data_schemas.frozen import Frozen
+from data_schemas.frozen import Frozen, later
 from data_schemas.governance import Statement, StatementCode
 from data_schemas.plan import PrivacyEvent, PrivacyUnit, TrainingPlan
 
@@ -132,7 +132,7 @@ class ScoreTask(Frozen):
     update_hashes: tuple[Hex32, ...]
     base_model_hash: Hex32
     new_model_hash: Hex32
-    base_velocity_hash: Hex32 | None = None
+    base_velocity_hash: Hex32 | None = later(None)
 
 
 class Scored(Frozen):

@@ -10,7 +10,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from data_schemas.frozen import Frozen
+from data_schemas.frozen import Frozen, later
 from data_schemas.units import DELTA, HORIZON_MINUTES
 
 # The unit of privacy is part of every statement; weaker units are named, never implied.
@@ -59,7 +59,7 @@ class LocalSpec(Frozen):
     windows_per_patient: int = Field(ge=1, le=256)
     learning_rate: float = Field(gt=0)
     trainable: Literal["all", "head"]
-    horizon_curves: int = Field(default=len(HORIZON_MINUTES), ge=1, le=len(HORIZON_MINUTES))
+    horizon_curves: int = later(len(HORIZON_MINUTES), ge=1, le=len(HORIZON_MINUTES))
 
 
 class ServerSpec(Frozen):

@@ -9,9 +9,11 @@ import data_schemas
 from data_schemas.canonical import canonical_bytes, content_hash
 from data_schemas.errors import BadInput, CheckFailed, IsletError, Tampered
 from data_schemas.frozen import Frozen
+from data_schemas.ledger import RoundEntry
 from data_schemas.messages import TrainTask
 from data_schemas.plan import PrivacyEvent, TrainingPlan
 from data_schemas.units import mg_dl, mmol_l
+from tests.hospital_node import small_node
 
 PLAN = {
     "name": "trial",
@@ -105,3 +107,17 @@ def test_telemetry_of_the_libraries_is_off() -> None:
     assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
     assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == "true"
     assert os.environ["GX_ANALYTICS_ENABLED"] == "false"
+
+
+def test_what_was_hashed_before_an_upgrade_keeps_its_hash() -> None:
+    """Plan, task and round of version 0.1.0 as first written: fields that came later do not change their names."""
+    task_plan = small_node.plan()
+    zero = "0" * 64
+    task = TrainTask(federation="f", run="r", round=1, plan=task_plan, base_model_hash=zero, deadline_unix=0.0)
+    entry = RoundEntry(
+        run="r", round=1, plan_hash=zero, base_model_hash=zero, new_model_hash=zero, admitted=(), rejected=()
+    )
+
+    assert content_hash(task_plan) == "60bb457101f74506b31cac56512f01e27e2d777757736a768f699885d25f722d"
+    assert task.task_id == "8427724bd654416332ef7c6338be70db2a2d561ae6c4a8d3669ef758e2dd5e43"
+    assert content_hash(entry) == "d4c04d82146b6f048cf2cc95cbf2978f9ac4e321538957c719fe5032d7000d72"

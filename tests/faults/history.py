@@ -26,10 +26,10 @@ from tests.faults.house import NAMES
 Update = tuple[SignedUpdate, np.ndarray]
 
 
-def check(path: Path, rounds: int) -> None:
+def check(path: Path, rounds: int, names: tuple[str, ...] = NAMES, aggregator: str = "aggregator") -> None:
     """Fail, saying what does not hold, unless the federation's files tell one true history."""
-    folder = settings.open_folder(path / "aggregator")
-    witnessed = [note for name in NAMES if (note := witnessed_note(path / name))]
+    folder = settings.open_folder(path / aggregator)
+    witnessed = [note for name in names if (note := witnessed_note(path / name))]
     report = verify_ledger(folder.path / "ledger.db", folder.key().public.hex, witnessed, every_signature=True)
     assert report.cosigned_by, "nobody cosigned"
     entries = [line.entry for line in ledger.read_entries(folder.path / "ledger.db")]
@@ -38,7 +38,7 @@ def check(path: Path, rounds: int) -> None:
     plan = folder.load_plan()
     epochs = [entry.epoch for entry in entries if isinstance(entry, CreditEntry)]
     assert epochs == list(range(1, plan.credit_epochs + 1)), "an epoch is missing or credited twice"
-    books = {name: _book(path / name) for name in NAMES}
+    books = {name: _book(path / name) for name in names}
     made = {name: updates for name, (updates, _) in books.items()}
     _each_update_in_one_aggregate(folder, closed, made, [e for e in entries if isinstance(e, ModelEntry)])
     for name, (_, rows) in books.items():
