@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import logging
 import os
+from datetime import UTC, datetime
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,8 +18,11 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from numpy.typing import NDArray
 
+from aggregator.assembly import Table, sit
+from aggregator.courier import Courier
 from aggregator.progress import Observer, RoundSummary
-from aggregator.rounds import FederationResult, run_federation
+from aggregator.promotion import crown
+from aggregator.rounds import FederationResult, GridExchange, run_federation
 from aggregator.settings import AggregatorFolder, open_folder
 from aggregator.state import hold
 from data_schemas.errors import BadInput
@@ -27,7 +32,7 @@ from pipeline.log_lines import JsonLines
 if TYPE_CHECKING:
     from aggregator.recorder import Recorder
 
-FOLDER = "aggregator-folder"
+FOLDER, SIT_EVERY_S = "aggregator-folder", "sit-every-s"
 _log = logging.getLogger("islet.aggregator")
 
 app = ServerApp()
@@ -76,12 +81,36 @@ def main(grid: Grid, context: Context) -> None:
             f"give {FOLDER} in the run config, or set ISLET_AGGREGATOR_HOME",
         )
     folder = open_folder(Path(configured))
+    if every_s := float(str(context.run_config.get(SIT_EVERY_S, 0.0))):
+        keep_sitting(grid, folder, every_s, Event())
+        return
     (folder.path / "log").mkdir(exist_ok=True, mode=0o700)
     _log.addHandler(JsonLines("serverapp", folder.path / "log" / "aggregator.log"))
     _log.setLevel(logging.INFO)
     recorder = Recorder.start(folder.path, folder, _log.warning)
     released = release(folder, run_folder(grid, folder, LogObserver(recorder)), recorder)
     _log.info("released the model %s", released.name)
+
+
+def keep_sitting(grid: Grid, folder: AggregatorFolder, every_s: float, stop: Event) -> None:
+    """Hold a sitting of the members every so many seconds until `stop` is set; a run that trains may go on beside it.
+
+    MLflow's alias, in the store under the folder's mlruns/, follows what they decide.
+    """
+    settings, ledger = folder.settings, folder.open_ledger()
+    courier = Courier(GridExchange(grid), settings.federation, settings.hello_timeout_s)
+    table = Table(courier, ledger, settings.federation, settings.cosign_timeout_s, folder.released)
+    crowned: str | None = None
+    try:
+        while not stop.is_set():
+            sitting = sit(table, datetime.now(UTC).isoformat(timespec="seconds"))
+            for decision in sitting.decided:
+                _log.info("%s %s", decision.proposal_hash[:12], "accepted" if decision.accepted else "rejected")
+            if sitting.champion not in (None, crowned) and crown(folder.path, str(sitting.champion)):
+                crowned = sitting.champion
+            stop.wait(every_s)
+    finally:
+        ledger.close()
 
 
 def run_folder(grid: Grid, folder: AggregatorFolder, observer: Observer) -> FederationResult:

@@ -123,9 +123,13 @@ def register(folder: AggregatorFolder, node: str, transport_key: str) -> None:
         key.unlink(missing_ok=True)
 
 
-def submit(folder: AggregatorFolder) -> str:
-    """Start a run of the installed bundle; its Flower id. Raises CheckFailed."""
-    started = _flwr(folder, "run", str(BUNDLE), CONNECTION, "--format", "json")
+def submit(folder: AggregatorFolder, sit_every_s: float = 0.0) -> str:
+    """Start a run of the installed bundle; its Flower id. Raises CheckFailed.
+
+    With sit_every_s it trains nothing: it holds a sitting of the members every so many seconds until it is stopped.
+    """
+    config = ("--run-config", f"sit-every-s={sit_every_s:.1f}") if sit_every_s else ()
+    started = _flwr(folder, "run", str(BUNDLE), CONNECTION, *config, "--format", "json")
     return str(started["run-id"])
 
 

@@ -9,7 +9,7 @@ store/               readings
 budget.db, budget.head   the privacy budget book (hospital_node.budget)
 scores.db            per-patient Shapley sums; never leaves
 witness.json         the ledger checkpoint last cosigned
-ledger.jsonl         the node's copy of the ledger (hospital_node.ledger_view)
+ledger.jsonl, ledger.state  the node's copy of the ledger and what it says (hospital_node.ledger_copy)
 outbox/              what the hospital has signed for the ledger (hospital_node.statements)
 models/, model       champions by hash, and a link to the one that is served (hospital_node.champion)
 reports/             quality reports and node.log

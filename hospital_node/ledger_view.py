@@ -1,73 +1,61 @@
 """The node's own copy of the ledger: it replays what was decided, and trains on nothing else.
 
-ledger.jsonl holds the entries' canonical bytes, one a line, in order. It grows only by entries that obey every rule of
-pipeline.ledger_rules and lead to a checkpoint which the aggregator signed; the same step cosigns it
-(hospital_node.witness). alarm.json is written when what the aggregator logged cannot be true; while it is there the
-node trains no further.
+The copy (hospital_node.ledger_copy) grows only by entries that obey every rule of pipeline.ledger_rules and lead to a
+checkpoint which the aggregator signed; the same step cosigns it (hospital_node.witness). alarm.json is written when
+what the aggregator logged cannot be true; while it is there the node trains no further.
 """
 
 from __future__ import annotations
 
 import json
-import os
-
-from pydantic import ValidationError
+from collections.abc import Iterable, Sequence
 
 from data_schemas.canonical import canonical_bytes, content_hash
-from data_schemas.errors import BadInput, StorageFailed, Tampered
+from data_schemas.errors import BadInput, Tampered
 from data_schemas.ledger import LedgerEntry, RoundEntry
 from data_schemas.messages import RefusalCode, ReleaseTask, ScoreTask, TrainTask
 from data_schemas.plan import TrainingPlan
-from hospital_node import own_rounds
+from hospital_node import ledger_copy, own_rounds
 from hospital_node.ceilings import require
 from hospital_node.folder import NodeFolder
+from hospital_node.ledger_copy import LedgerState
 from pipeline import merkle
 from pipeline.charter import Charter, run_name
 from pipeline.checkpoint import Checkpoint
-from pipeline.inclusion import split_payload
-from pipeline.ledger_rules import Replay, fault
-from pipeline.signing import verify, write_durably
+from pipeline.frontier import Frontier
+from pipeline.signing import write_durably
 
-COPY, ALARM = "ledger.jsonl", "alarm.json"
+ALARM = "alarm.json"
 
 
 def payloads(node: NodeFolder) -> tuple[bytes, ...]:
-    """Return the entries that this node holds. A line that a crash cut short does not count."""
-    try:
-        content = (node.path / COPY).read_bytes()
-    except FileNotFoundError:
-        return ()
-    except OSError as error:
-        raise StorageFailed(f"{COPY}: cannot be read", "Check its owner and mode.") from error
-    return tuple(content.split(b"\n")[:-1])
+    """Return the entries that this node holds."""
+    return tuple(ledger_copy.lines(node))
 
 
-def charter_of(held: tuple[bytes, ...], public_key: str, new: tuple[bytes, ...] = ()) -> Charter:
-    """Replay the entries held, then new ones: their members' signatures, sums and credits are checked too.
+def size(node: NodeFolder) -> int:
+    """Return how many entries this node holds. Raises Tampered where they make no sense."""
+    return ledger_copy.read(node).frontier.size
 
-    Raises Tampered when one is not the aggregator's or breaks the federation's rules.
+
+def charter_of(held: Iterable[bytes], public_key: str) -> Charter:
+    """Replay entries. Raises Tampered when one is not the aggregator's or breaks the federation's rules."""
+    state = LedgerState()
+    for payload in held:
+        state.take(payload, public_key, signatures=False)
+    return state.replay.charter
+
+
+def decided(node: NodeFolder, *, whole: bool = False) -> Charter:
+    """Return what the node's copy decides; whole: replay it from its first entry, every signature of the aggregator.
+
+    Raises Tampered; BadInput for a node that follows no ledger.
     """
-    replay = Replay()
-    for index, payload in enumerate((*held, *new)):
-        try:
-            line = LedgerEntry.model_validate_json(payload)
-        except ValidationError as error:
-            raise Tampered(COPY, index, "an entry cannot be read") from error
-        if line.index != index or not verify(public_key, *split_payload(payload)):
-            raise Tampered(COPY, index, "an entry is not the one that the aggregator signed")
-        replay.signatures = index >= len(held)
-        if wrong := fault(line.entry, replay, payload, line.recorded_at):
-            raise Tampered(COPY, index, f"an entry breaks the federation's rules ({wrong})")
-    return replay.charter
-
-
-def decided(node: NodeFolder) -> Charter:
-    """Replay the node's copy. Raises Tampered; BadInput for a node that follows no ledger."""
     if node.settings.aggregator_public_key is None:
         raise BadInput(
             "this node follows no ledger", "make it with the aggregator's key: `islet node init --aggregator-key`"
         )
-    return charter_of(payloads(node), node.settings.aggregator_public_key)
+    return ledger_copy.read(node, whole=whole).replay.charter
 
 
 def extend(
@@ -78,28 +66,42 @@ def extend(
     The whole copy must have the new checkpoint's root, and its beginning the root that this node cosigned before. What
     the new entries say in this hospital's name must carry its signature: verification relies on that.
     """
-    held = payloads(node)[:old_size]
-    grown = (*held, *(entry.encode() for entry in entries))
-    tree = merkle.Tree(merkle.leaf_hash(payload) for payload in grown)
-    whole = tree.size == new.size and tree.root() == new.root
-    if not whole or seen.origin != new.origin or seen.size > new.size or tree.root(seen.size) != seen.root:
+    new_lines = [entry.encode() for entry in entries]
+    state = ledger_copy.read(node)
+    forked = seen.size > new.size or seen.origin != new.origin or (seen.size == new.size and seen.root != new.root)
+    if forked or state.frontier.size != old_size:
+        return RefusalCode.LEDGER_FORK
+    if not _leads_to(node, state.frontier, new_lines, {new.size: new.root, seen.size: seen.root}):
         return RefusalCode.LEDGER_FORK
     if any("\n" in entry for entry in entries):
         return RefusalCode.MALFORMED_TASK
-    new_lines = grown[len(held) :]
+    held_bytes = state.offset
     try:
-        charter_of(held, str(node.settings.aggregator_public_key), new_lines)
+        for payload in new_lines:
+            state.take(payload, str(node.settings.aggregator_public_key), signatures=True)
     except Tampered:
         return RefusalCode.LEDGER_BREAKS_RULES
     if (rounds := _rounds(new_lines)) and (wrong := _own_fault(node, rounds)) is not None:
         _raise_alarm(node, *wrong)
         return RefusalCode.ALARM
     if entries:
-        _append(node, held, [entry.encode() for entry in entries])
+        ledger_copy.append(node, state, held_bytes, new_lines)
     return None
 
 
-def _rounds(lines: tuple[bytes, ...]) -> list[RoundEntry]:
+def _leads_to(node: NodeFolder, held: Frontier, new: list[bytes], roots: dict[int, bytes]) -> bool:
+    """Whether the copy with the new entries has these roots at these sizes, the largest being its own."""
+    tree, expected = held, dict(roots)
+    if min(roots) < held.size:  # a crash left the witness behind the copy: the whole copy tells
+        tree, new = Frontier(), [*payloads(node), *new]
+    for payload in [None, *new]:
+        tree = tree if payload is None else tree.plus(merkle.leaf_hash(payload))
+        if tree.root() != expected.pop(tree.size, tree.root()):
+            return False
+    return not expected and tree.size == max(roots)
+
+
+def _rounds(lines: Sequence[bytes]) -> list[RoundEntry]:
     entries = (LedgerEntry.model_validate_json(line).entry for line in lines)
     return [entry for entry in entries if isinstance(entry, RoundEntry)]
 
@@ -165,8 +167,7 @@ def holds_with_log(
     A node that follows no ledger, or was not shown this round, has nothing to compare with.
     velocity_hash: of the velocity after the round; still_hash: of none at all, before round 1; None without momentum.
     """
-    key = node.settings.aggregator_public_key
-    charter = None if key is None else charter_of(payloads(node), key)
+    charter = None if node.settings.aggregator_public_key is None else decided(node)
     closed = None if charter is None else charter.rounds.get((task.run, task.round))
     if charter is None or closed is None:
         return True
@@ -202,21 +203,3 @@ def alarm(node: NodeFolder) -> str | None:
         return None
     except (OSError, ValueError, KeyError, TypeError):
         return "alarm.json cannot be read"
-
-
-def _append(node: NodeFolder, held: tuple[bytes, ...], new: list[bytes]) -> None:
-    path = node.path / COPY
-    whole = sum(len(payload) + 1 for payload in held)
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
-        try:
-            os.ftruncate(descriptor, whole)  # a line that a crash cut short
-            os.lseek(descriptor, whole, os.SEEK_SET)
-            data = b"".join(payload + b"\n" for payload in new)
-            while data:
-                data = data[os.write(descriptor, data) :]
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        raise StorageFailed(f"{COPY}: not written ({error.strerror})", "Free space or mend the disk.") from error

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from data_schemas.forecast import LedgerPlace
 from data_schemas.ledger import LedgerEntry, ModelEntry
-from hospital_node.ledger_view import COPY
+from hospital_node.ledger_copy import COPY
 from hospital_node.settings import read_settings
 from pipeline.inclusion import split_payload
 from pipeline.merkle import leaf_hash

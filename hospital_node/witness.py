@@ -53,7 +53,7 @@ def cosign(node: NodeFolder, task: CosignTask, at_unix: int) -> Cosigned | Witne
     seen = last_seen(node) or checkpoint.empty(new.origin)
     if seen.origin != new.origin:
         return Refusal(code=RefusalCode.LEDGER_FORK)
-    stands = len(ledger_view.payloads(node))
+    stands = ledger_view.size(node)
     if task.old_size != stands:
         return WitnessState(size=stands)
     wrong = ledger_view.extend(node, seen, new, task.old_size, task.entries)

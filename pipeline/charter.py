@@ -39,6 +39,7 @@ from pipeline.signing import verify
 
 Code = StatementCode
 _ROUNDING = 1e-9
+_RUNS = 8  # that a node may be asked about; the rounds of older ones are forgotten
 
 
 @dataclass
@@ -148,6 +149,8 @@ def take(charter: Charter, entry: Entry, at: str) -> str:  # noqa: PLR0911
             return _attestation(charter, entry)
         case PlanEntry():
             charter.plans.setdefault(entry.run, entry.plan_hash)
+            remembered = [*charter.plans][-_RUNS:]
+            charter.rounds = {place: closed for place, closed in charter.rounds.items() if place[0] in remembered}
         case RoundEntry():
             charter.rounds[entry.run, entry.round] = entry
             for manifest in (signed.manifest for signed in entry.admitted):

@@ -131,17 +131,28 @@ def federation_enter(
 @federation.command("sit")
 def federation_sit(
     path: AggregatorPath,
-    nodes: Annotated[list[Path], typer.Option("--node", help="A node folder on this machine; repeat for each.")],
+    nodes: Annotated[
+        list[Path] | None,
+        typer.Option("--node", help="A node folder on this machine; repeat for each."),
+    ] = None,
     every: Annotated[
         float | None,
         typer.Option(min=0.2, max=3600, help="Go on until stopped, with so many seconds between sittings."),
     ] = None,
     registry: Annotated[Path, typer.Option(help="Folder that holds mlruns/, if there is one.")] = Path(),
 ) -> None:
-    """Hold a sitting: show nodes the ledger, take in what they signed, count votes, hand over the champion."""
+    """Hold a sitting: show nodes the ledger, take in what they signed, count votes, hand over the champion.
+
+    Without --node a standing run is started at the aggregator's SuperLink (`islet aggregator up`), for nodes elsewhere.
+    """
     from aggregator.settings import open_folder
+    from aggregator.superlink import submit
     from pipeline.demo_votes import hold_sitting, meeting
 
+    if not nodes:
+        flower_run = submit(open_folder(path), every or 30.0)
+        typer.echo(f"a sitting every {every or 30.0:g} s, as Flower run {flower_run}, beside any run that trains")
+        return
     with meeting(open_folder(path), nodes) as table:
         while True:
             _tell(hold_sitting(table, registry))
@@ -174,7 +185,7 @@ def federation_status(
         from hospital_node.folder import NodeFolder
 
         with NodeFolder.open(path, sitting=True) as node:
-            typer.echo(render(ledger_view.decided(node), _now()))
+            typer.echo(render(ledger_view.decided(node, whole=True), _now()))
             for statement in statements.waiting(node):
                 typer.echo(f"  waiting   a signed {statement.kind}: it goes out with the next cosignature")
             for name, code in statements.refused(node):

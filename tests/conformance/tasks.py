@@ -21,7 +21,7 @@ from data_schemas.governance import DecisionEntry, Pause, Proposal, ProposalEntr
 from data_schemas.ledger import PlanEntry
 from data_schemas.messages import HelloTask, Refusal, ReleaseTask, ScoreTask, TrainTask
 from data_schemas.plan import TrainingPlan
-from hospital_node import client_app, ledger_view
+from hospital_node import client_app, ledger_copy, ledger_view
 from hospital_node.folder import NodeFolder
 from hospital_node.gate import approved
 from pipeline.charter import run_name
@@ -63,7 +63,7 @@ def made(path: Path, **own: Any) -> Path:
 
 def holding(home: Path, log: Log) -> Path:
     """Give a node this log as its copy."""
-    (home / ledger_view.COPY).write_bytes(b"".join(line + b"\n" for line in log.lines))
+    (home / ledger_copy.COPY).write_bytes(b"".join(line + b"\n" for line in log.lines))
     return home
 
 

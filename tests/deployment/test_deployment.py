@@ -79,7 +79,7 @@ def test_the_run_is_in_mlflow_and_the_ledger_verifies(federation: RealFederation
     code, text = islet(federation.path, "ledger", "verify", "hub", "--witness", "duke")
 
     assert code == 0, text
-    registered = load_model(load_exported("models:/islet-forecaster@champion", federation.path / "hub"))
+    registered = load_model(load_exported("models:/islet-forecaster@challenger", federation.path / "hub"))
     assert registered.model_hash == load_model(federation.path / "model").model_hash
 
 

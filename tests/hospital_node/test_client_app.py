@@ -35,7 +35,8 @@ from data_schemas.messages import (
 from data_schemas.plan import RELATION
 from hospital_node import client_app
 from hospital_node.folder import NodeFolder
-from hospital_node.ledger_view import COPY, charter_of
+from hospital_node.ledger_copy import COPY
+from hospital_node.ledger_view import charter_of
 from pipeline.model_card import CardPrivacy, ModelCard, TrainedOn, card_bytes
 from pipeline.signing import PrivateKey
 from pipeline.wire import from_record, to_record

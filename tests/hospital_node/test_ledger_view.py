@@ -36,7 +36,7 @@ from data_schemas.messages import (
     WitnessState,
 )
 from data_schemas.plan import RELATION, TrainingPlan
-from hospital_node import ledger_view, local_round, scoring, witness
+from hospital_node import ledger_copy, ledger_view, local_round, scoring, witness
 from hospital_node.folder import NodeFolder
 from hospital_node.published_model import PublishedModels
 from pipeline import checkpoint, merkle
@@ -190,7 +190,7 @@ def test_a_torn_line_is_fetched_again(path: Path) -> None:
     """A crash in the middle of a write costs a repetition, nothing else."""
     log = log_of(founding(), member(path))
     show(path, log.task(0))
-    copy = path / ledger_view.COPY
+    copy = path / ledger_copy.COPY
     copy.write_bytes(copy.read_bytes()[:-20])
 
     assert show(path, log.task(2)) == WitnessState(size=1)
