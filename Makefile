@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow browser deployment postgresql faults lint bench audit recompute coverage openapi contract lock clean
+.PHONY: demo test test-slow browser deployment postgresql faults lint bench audit recompute coverage openapi contract lock clean fuzz
 
 .venv/installed: pyproject.toml requirements.lock
 	$(PYTHON) -m venv .venv
@@ -79,6 +79,15 @@ coverage: .venv/installed
 	$(BIN)/python -m coverage run -m pytest -q $(PRIVACY_TESTS)
 	$(BIN)/python -m coverage report --show-missing --fail-under=100
 
+# Coverage-guided fuzzing of every reader, in an environment of its own; FUZZ_SECONDS=600 is the full drill.
+FUZZ_SECONDS ?= 60
+fuzz:
+	test -d .venv-fuzz || $(PYTHON) -m venv .venv-fuzz
+	.venv-fuzz/bin/pip install --quiet --disable-pip-version-check --constraint requirements.lock \
+		atheris==3.0.0 pandas pyarrow pydantic rfc8785 tzdata
+	for layout in $$(ls data_schemas/layouts | sed 's/\.toml$$//' | grep -v mostoles); do \
+		PYTHONPATH=. .venv-fuzz/bin/python -m tests.hospital_node.fuzz_readers $$layout $(FUZZ_SECONDS) || exit 1; done
+
 # The lock is what a new environment resolves to, torch without its local build tag.
 lock:
 	rm -rf .venv-lock
@@ -88,4 +97,4 @@ lock:
 	rm -rf .venv-lock
 
 clean:
-	rm -rf .venv .venv-recompute build dist *.egg-info demo-run audit-run browser-shots .coverage
+	rm -rf .venv .venv-fuzz .venv-recompute build dist *.egg-info demo-run audit-run browser-shots .coverage

@@ -79,9 +79,10 @@ def _events(timed: pd.DataFrame, value: pd.Series, channel: Channel) -> pd.DataF
 def _read_events(channel: Channel, elsewhere: Elsewhere) -> pd.DataFrame:
     """Return patient, measured_at and value of the events in the channel's own files; without files there are none."""
     pattern = channel.files or ""
-    if not any(elsewhere.folder.glob(outer(pattern))):
+    there = any(elsewhere.folder.glob(outer(pattern)))
+    files = read_files(elsewhere.folder, pattern) if there else ()
+    if not files:
         return pd.DataFrame({"patient": [], "measured_at": [], "value": []})
-    files = read_files(elsewhere.folder, pattern)
     own = channel.model_copy(update={"files": None, "time_columns": ()})
     raw = read_raw(files, elsewhere.layout, (own,), channel.time_columns, glucose=False)
     events = _events(_timed(raw, elsewhere), raw.table["c0"], channel)

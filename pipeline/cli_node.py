@@ -273,3 +273,18 @@ def layout_propose(file: Annotated[Path, typer.Argument(help="One export file.")
         raise BadInput(f"{file} is not a file", "give one export file")
     fitting = fitting_layouts(file)
     say("\n".join(f"# Islet's layout {name!r} reads this file" for name in fitting) if fitting else propose(file))
+
+
+@layout_app.command("check")
+def layout_check(
+    files: Annotated[list[Path], typer.Argument(help="Export files.")],
+    zone: Annotated[str, typer.Option(help="IANA zone of clock times without an offset.")] = "UTC",
+) -> None:
+    """Say, as a table, how many rows of each file would go in and out by the layouts that read it; store nothing."""
+    from hospital_node.suites import load_suite
+    from hospital_node.trial import markdown, try_file
+
+    if missing := [file for file in files if not file.is_file()]:
+        raise BadInput(f"{missing[0]} is not a file", "give export files")
+    suite = load_suite()
+    say(markdown([trial for file in files for trial in try_file(file, zone, suite)]))

@@ -14,6 +14,7 @@ from data_schemas.reading import Flag
 from hospital_node.intake import read_exports
 from hospital_node.proposal import fitting_layouts, propose
 from hospital_node.rows import pseudonym
+from hospital_node.trial import markdown, try_file
 from hospital_node.validation import load_suite, validate
 
 KEY = b"k" * 32
@@ -327,3 +328,25 @@ def test_rows_of_every_source_add_up_after_validation(tmp_path: Path) -> None:
         report = validate(read_exports(folder, load_layout(layout), "Europe/Madrid", KEY), load_suite())[2]
         assert report.balanced
         assert report.rows_in == len(values)
+
+
+def test_files_are_tried_with_the_layouts_that_fit(tmp_path: Path) -> None:
+    """A table of rows in and out for each file, refusals with their reason, and a file that nothing reads."""
+    write(
+        tmp_path,
+        {"a.csv": CLARITY, "b.zip": glooko(), "c.csv": LIBRE.replace("14-01-2024", "05-12-2024"), "d.csv": "x"},
+    )
+    trials = [
+        trial
+        for name in ["a.csv", "b.zip", "c.csv", "d.csv"]
+        for trial in try_file(tmp_path / name, "UTC", load_suite())
+    ]
+
+    assert [(t.layout, t.file, t.rows) for t in trials] == [
+        ("clarity", "a.csv", (3, 3, 0, 0)),
+        ("glooko", "b.zip", (2, 2, 0, 0)),
+        ("libreview", "c.csv", None),
+        ("none", "d.csv", None),
+    ]
+    assert "| `clarity` | a.csv | 3 | 3 | 0 | 0 |" in markdown(trials)
+    assert "ambiguous" in markdown(trials)
