@@ -114,6 +114,8 @@ class Federation:
         record, arrays = records[-1], records[-1].with_suffix(".npz")
         how = draw.choice(["torn arrays", "torn record", "flipped bit", "lost arrays"])
         target = record if how in {"torn record", "flipped bit"} else arrays
+        if not target.exists() or not target.stat().st_size:
+            return  # spoilt before
         data = bytearray(target.read_bytes())
         if how == "flipped bit":
             data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)

@@ -59,9 +59,6 @@ def note(path: Path, what: str) -> None:
     """Append a line to the drill's diary; a kill may follow at once."""
     descriptor = os.open(path / "diary", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.write(descriptor, f"{what}\n".encode())
-    import time as t
-
-    os.write(2, f"{t.time():.1f} {what}\n".encode())
     os.close(descriptor)
 
 
