@@ -1,16 +1,19 @@
-"""Our model beside what a data scientist would use instead: `python -m benchmarks.comparison [NODE ...]`.
+"""Our model beside what one would use instead: `python -m benchmarks.comparison [--peer PYTHON] [NODE ...]`.
 
 Every model learns from the same people and forecasts the same windows of the same held-out people. Without arguments
 the six sample hospitals are imported into a temporary folder; NODE names node folders of a demo that was run before.
+PYTHON is the interpreter of an environment with darts (`pip install torch==2.13.0 'darts[torch]'`), whose N-HiTS then
+takes part.
 """
 
 from __future__ import annotations
 
 import math
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +26,7 @@ from hospital_node.importing import import_exports
 from hospital_node.settings import NodeSettings, Source
 from hospital_node.store import Store
 from pipeline.accounting import calibrate
-from pipeline.baselines import fit_ridge, fit_trees, persistence, ridge, trees
+from pipeline.baselines import LAGS, fit_ridge, fit_trees, persistence, ridge, trees
 from pipeline.comparison import POOLED_FIT
 from pipeline.demo import EXPORTS, FEDERATION, HELDOUT_FRACTION, PLAN, SITES, windows_of_nodes
 from pipeline.evaluation import EventScore, evaluate
@@ -33,12 +36,13 @@ from pipeline.noise import SeededNoise
 from pipeline.plans import load_plan
 from pipeline.private_training import LocalPlan, train_steps
 from pipeline.scorecard import plain
-from pipeline.scored import Predict, concat, score_windows
+from pipeline.scored import Predict, Scored, concat, personalised, score_windows
 from pipeline.warm_start import SPEC, WINDOWS, load
-from pipeline.windows import FEATURES, Batch, Float32, Windows
+from pipeline.windows import _CHANGE_SCALE_MG_DL, FEATURES, Batch, Float32, Series, Windows
 
 LSTM_UNITS, LSTM_STEPS = 64, 1500
 CALLS = 200
+FEDERATED = "islet, federated"
 
 Sites = Mapping[str, tuple[Windows, Windows]]
 
@@ -109,7 +113,41 @@ def fit_federated(training: Mapping[str, Windows]) -> Predict:
     return islet(np.mean(kept[-plan.server.average_last_rounds :], axis=0).astype(np.float32))
 
 
-def contestants(training: Mapping[str, Windows]) -> dict[str, Callable[[], Predict]]:
+def fit_peer(python: str, training: Sequence[Windows]) -> Predict:
+    """N-HiTS of darts in its own process, trained on the same people's readings, linearly interpolated as is usual."""
+    peer = subprocess.Popen(  # ends with this process: its stdin closes
+        [python, str(Path(__file__).with_name("darts_peer.py"))], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    if peer.stdin is None or peer.stdout is None:
+        raise RuntimeError("the peer has no pipes")
+    to_peer, from_peer = peer.stdin, peer.stdout
+    pieces = [piece for w in training for piece in on_grid(w.series)]
+    np.save(to_peer, np.concatenate(pieces))
+    np.save(to_peer, np.array([len(p) for p in pieces]))
+    to_peer.flush()
+    np.load(from_peer)
+
+    def forecast(batch: Batch) -> Float32:
+        change = batch.x[:, -LAGS:, FEATURES.index("change_from_last")] * _CHANGE_SCALE_MG_DL
+        np.save(to_peer, batch.last[:, None] + change)
+        to_peer.flush()
+        clipped: Float32 = np.clip(np.load(from_peer), 40, 400).astype(np.float32)
+        return clipped
+
+    return plain(forecast)
+
+
+def on_grid(series: Series) -> Iterator[Float32]:
+    """Pieces of every person without a gap over 30 minutes, float32[N] every 5 minutes."""
+    for begin, end in zip(series.starts[:-1], series.starts[1:], strict=True):
+        time_s, glucose = series.time_s[begin:end], series.glucose_mg_dl[begin:end]
+        for rows in np.split(np.arange(len(time_s)), np.flatnonzero(np.diff(time_s) > 1800) + 1):
+            if len(rows):
+                grid = np.arange(time_s[rows[0]], time_s[rows[-1]] + 1, 300)
+                yield np.interp(grid, time_s[rows], glucose[rows]).astype(np.float32)
+
+
+def contestants(training: Mapping[str, Windows], peer: str | None) -> dict[str, Callable[[], Predict]]:
     """Label to what trains the model; calling it is timed."""
     every = list(training.values())
 
@@ -121,14 +159,16 @@ def contestants(training: Mapping[str, Windows]) -> dict[str, Callable[[], Predi
         model = fit_trees(every)
         return plain(lambda batch: trees(model, batch))
 
+    published = {} if peer is None else {"N-HiTS of darts": lambda: fit_peer(peer, every)}
     return {
         "persistence": lambda: plain(persistence),
         "ridge on 24 lags": fitted_ridge,
         "gradient-boosted trees": fitted_trees,
         f"nn.LSTM-{LSTM_UNITS} from scratch": lambda: fit_plain_lstm(every),
+        **published,
         "islet, public start only": lambda: islet(load()),
         "islet, pooled, no privacy": lambda: islet(fit(load(), SPEC, every, POOLED_FIT)),
-        "islet, federated, epsilon 8": lambda: fit_federated(training),
+        f"{FEDERATED}, epsilon 8": lambda: fit_federated(training),
     }
 
 
@@ -164,17 +204,24 @@ def latency_ms(predict_one: Predict, batch: Batch) -> float:
     return 1e3 * float(np.median(taken))
 
 
-def line(label: str, train: Callable[[], Predict], sites: Sites) -> str:
-    """Train, score and time one model."""
+def lines(label: str, train: Callable[[], Predict], sites: Sites) -> Iterator[str]:
+    """Train, score and time one model; ours also as each person would see it, corrected from that person's own past."""
     started = time.perf_counter()
     model = train()
     seconds = time.perf_counter() - started
-    scored = concat([score_windows(heldout, model, name) for name, (_, heldout) in sites.items()])
+    first = next(heldout for _, heldout in sites.values() if len(heldout))
+    wait = latency_ms(model, first.gather(first.anchors[:1]))
+    parts = [(score_windows(heldout, model, name), heldout) for name, (_, heldout) in sites.items()]
+    yield scores(label, concat([scored for scored, _ in parts]), seconds, wait)
+    if label.startswith(FEDERATED):
+        yield scores("  and personal", concat([personalised(*part) for part in parts]), seconds, wait)
+
+
+def scores(label: str, scored: Scored, seconds: float, wait: float) -> str:
+    """One line of the table."""
     found = evaluate(scored)
     low = (found.pooled.events_by_probability or found.pooled.events)[0]
     mean = {m.horizon_minutes: m.rmse for m in found.mean_over_sites}
-    first = next(heldout for _, heldout in sites.values() if len(heldout))
-    wait = latency_ms(model, first.gather(first.anchors[:1]))
     errors = "".join(f"{v:8.2f}" for v in (mean[30], mean[60], found.pooled.at(30).rmse, found.pooled.at(60).rmse))
     return f"{label:<30}{errors}{_low(low)}{seconds:9.1f}{wait:9.2f}"
 
@@ -186,8 +233,9 @@ def _low(score: EventScore) -> str:
 def main(arguments: Sequence[str]) -> int:
     """Print the table."""
     torch.set_num_threads(1)
+    peer = arguments[1] if arguments[:1] == ["--peer"] else None
     with tempfile.TemporaryDirectory() as scratch:
-        homes = [Path(a) for a in arguments]
+        homes = [Path(a) for a in arguments[0 if peer is None else 2 :]]
         sites = windows_of_nodes(homes, WINDOWS.history_minutes) if homes else sample_hospitals(Path(scratch))
         print(
             "RMSE in mg/dL; lows (< 70 within 30 min) in %, by P(low) >= 25% where a model has quantiles, else by the"
@@ -196,8 +244,9 @@ def main(arguments: Sequence[str]) -> int:
         print(
             f"{'':<30}{'mean@30':>8}{'@60':>8}{'pool@30':>8}{'@60':>8}{'recall':>8}{'prec.':>8}{'train':>9}{'call':>9}"
         )
-        for label, train in contestants({n: t for n, (t, _) in sites.items()}).items():
-            print(line(label, train, sites), flush=True)
+        for label, train in contestants({n: t for n, (t, _) in sites.items()}, peer).items():
+            for line in lines(label, train, sites):
+                print(line, flush=True)
     return 0
 
 

@@ -1,0 +1,73 @@
+"""A published forecaster in a process and an environment of its own: N-HiTS of darts, served over pipes.
+
+Started by benchmarks.comparison with another Python (`--peer PYTHON`), because darts' dependencies are not Islet's.
+Arrays come on stdin and go to stdout as .npy: first training values float32[N] and lengths int64[S] of the pieces on
+the 5-minute grid, answered by the seconds that training took; then histories float32[B,24], answered by float32[B,12].
+"""
+
+import os
+import sys
+import time
+import warnings
+from typing import Any
+
+import numpy as np
+
+HISTORY, HORIZONS, EPOCHS = 24, 12, 6
+CENTRE_MG_DL, SCALE_MG_DL = 140.0, 60.0
+
+
+def train(values: Any, lengths: Any) -> Any:
+    """Fit N-HiTS (Challu et al., AAAI 2023) as darts sets it up, on all pieces that are long enough."""
+    from darts import TimeSeries
+    from darts.models import NHiTSModel
+
+    pieces = np.split((values - CENTRE_MG_DL) / SCALE_MG_DL, np.cumsum(lengths)[:-1])
+    series = [TimeSeries.from_values(p) for p in pieces if len(p) >= HISTORY + HORIZONS]
+    quiet = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+    model = NHiTSModel(
+        input_chunk_length=HISTORY,
+        output_chunk_length=HORIZONS,
+        batch_size=512,
+        n_epochs=EPOCHS,
+        random_state=0,
+        save_checkpoints=False,
+        pl_trainer_kwargs=quiet,
+    )
+    model.fit(series, verbose=False)
+    return model
+
+
+def forecast(model: Any, histories: Any) -> Any:
+    """Histories float32[B,24] in mg/dL to float32[B,12]."""
+    from darts import TimeSeries
+
+    series = [TimeSeries.from_values(h) for h in (histories - CENTRE_MG_DL) / SCALE_MG_DL]
+    made = model.predict(HORIZONS, series=series, batch_size=1024, verbose=False, show_warnings=False)
+    return np.stack([m.values()[:, 0] for m in made]) * SCALE_MG_DL + CENTRE_MG_DL
+
+
+def main() -> None:
+    """Train, then answer until stdin ends; whatever the libraries print goes to stderr."""
+    warnings.filterwarnings("ignore")
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    import logging
+
+    import torch
+
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    source = sys.stdin.buffer
+    values, lengths = np.load(source), np.load(source)
+    started = time.perf_counter()
+    model = train(values, lengths)
+    np.save(answers, np.float64(time.perf_counter() - started))
+    answers.flush()
+    while source.peek(1):
+        np.save(answers, forecast(model, np.load(source)).astype(np.float32))
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main()
