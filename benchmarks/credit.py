@@ -256,15 +256,19 @@ def table(outcomes: Sequence[Outcome], plan: TrainingPlan, draws: int) -> list[d
     """Rows of the result: mean credit, how often the order is right, and the model's error."""
     clean = {o.scenario.rule: o.rmse for o in outcomes if o.scenario.name.startswith("honest large")}
     rows: list[dict[str, object]] = []
-    cases = [(o, ()) for o in outcomes] + [
-        (o, ("sixth", "tiny")) for o in outcomes if o.scenario.name in {"label noise", "sign flip", "no update"}
-    ]
-    for outcome, liars in cases:
-        shares = shares_of(outcome, plan, draws, liars)
+    attacks = [o for o in outcomes if o.scenario.name in {"label noise", "sign flip", "no update"}]
+    liars = ("sixth", "tiny")
+    cases = [(o, plan, (), "") for o in outcomes]
+    cases += [(o, plan, liars, ", 2 of 5 scorers lie") for o in attacks]
+    for epsilon in (2.0, 4.0):
+        quieter = with_epsilon(plan, epsilon)
+        cases += [(o, quieter, liars, f", 2 of 5 scorers lie, epsilon {epsilon:g}") for o in attacks]
+    for outcome, spent, lying, told in cases:
+        shares = shares_of(outcome, spent, draws, lying)
         large, sixth, tiny = shares[:, :4], shares[:, NAMES.index("sixth")], shares[:, NAMES.index("tiny")]
         rows.append(
             {
-                "scenario": outcome.scenario.name + (", 2 of 5 scorers lie" if liars else ""),
+                "scenario": outcome.scenario.name + told,
                 "large": round(float(large.mean()), 2),
                 "least large": round(float(large.min(axis=1).mean()), 2),
                 "sixth": round(float(sixth.mean()), 2),
@@ -281,6 +285,12 @@ def table(outcomes: Sequence[Outcome], plan: TrainingPlan, draws: int) -> list[d
             }
         )
     return rows
+
+
+def with_epsilon(plan: TrainingPlan, epsilon: float) -> TrainingPlan:
+    """Return the plan with credit that costs a held-out person this epsilon."""
+    noise = {"noise_multiplier": calibrate(epsilon, plan.privacy.delta, 1.0, 1), "clip_mg_dl": CLIP}
+    return plan.model_copy(update={"credit": plan.credit.model_copy(update=noise)})
 
 
 def plot(rows: Sequence[dict[str, object]], path: Path) -> None:
@@ -305,17 +315,15 @@ def main() -> None:
     parser.add_argument("--nodes", type=Path, default=Path("demo-run/nodes"), help="node folders that the demo made")
     parser.add_argument("--out", type=Path, default=Path("benchmark-credit"))
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--seed", type=int, default=1, help="how people are dealt to the hospitals")
     parser.add_argument("--draws", type=int, default=200)
     asked = parser.parse_args()
     if not all((asked.nodes / site.name / "node.toml").exists() for site in SITES):
         raise SystemExit(f"no node folders in {asked.nodes}: run `islet demo` first, or give --nodes")
     plan = load_plan(PLAN, rounds=asked.rounds, seed=1)
-    noisy = plan.credit.model_copy(
-        update={"noise_multiplier": calibrate(EPSILON, plan.privacy.delta, 1.0, 1), "clip_mg_dl": CLIP}
-    )
-    plan = plan.model_copy(update={"credit": noisy})
+    plan = with_epsilon(plan, EPSILON)
     start = np.load(Path(__file__).parents[1] / "pipeline" / "warm_start.npz", allow_pickle=False)["weights"]
-    who, outcomes = people(asked.nodes, plan, 1), []
+    who, outcomes = people(asked.nodes, plan, asked.seed), []
     for scenario in SCENARIOS:
         outcomes.append(run(scenario, who, plan, start))
         print(f"{scenario.name}: RMSE {outcomes[-1].rmse:.3f}, "

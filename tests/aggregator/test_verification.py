@@ -24,6 +24,7 @@ from pipeline import merkle
 from pipeline.checkpoint import add_cosignatures, cosign, verify_note
 from pipeline.contribution import credit
 from pipeline.signing import PrivateKey
+from tests.aggregator import independent_audit
 
 KEY = PrivateKey.from_seed(b"A" * 32)
 ORIGIN = "islet.example/test"
@@ -270,6 +271,20 @@ def test_export_carries_the_whole_proof(honest: Path, tmp_path: Path) -> None:
 
 
 # Damage.
+
+
+def test_an_auditor_written_from_the_specifications_agrees(honest: Path, tmp_path: Path) -> None:
+    """Code that shares nothing with the product finds the same root, and every entry and cosignature rightly signed."""
+    export(honest, tmp_path / "ledger.jsonl")
+    lines = (tmp_path / "ledger.jsonl").read_bytes()
+    found = independent_audit.audit(lines, KEY.public.raw, {node: KEYS[node].public.raw for node in NODES})
+    report = verify_ledger(honest, KEY.public.hex)
+
+    assert (found["size"], found["root"]) == (report.head.size, report.head.root_hex)
+    assert tuple(found["witnesses"]) == report.cosigned_by == NODES
+    for damaged in (lines.replace(b'"round":2', b'"round":3', 1), lines.replace(b"clinic-b ", b"clinic-a ", 1)):
+        with pytest.raises(AssertionError):
+            independent_audit.audit(damaged, KEY.public.raw, {node: KEYS[node].public.raw for node in NODES})
 
 
 @pytest.mark.parametrize("seed", range(40))
