@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow browser deployment postgresql faults lint bench audit recompute coverage openapi contract lock clean fuzz
+.PHONY: demo test test-slow browser deployment postgresql faults lint bench audit recompute coverage openapi contract lock clean fuzz anchor
 
 .venv/installed: pyproject.toml requirements.lock
 	$(PYTHON) -m venv .venv
@@ -67,6 +67,14 @@ recompute: .venv/installed .venv-recompute/installed
 	$(PYTHON) -m venv .venv-recompute
 	.venv-recompute/bin/pip install --quiet --disable-pip-version-check dp-accounting==0.6.0
 	touch $@
+
+# The ledger on a local EVM chain: in the process, and anvil. An environment of its own, because chains pin much.
+anchor:
+	$(PYTHON) -m venv .venv-anchor
+	.venv-anchor/bin/pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable '.[dev,anchor]' \
+		vyper==0.4.3 eth-tester==0.14.0b1 py-evm==0.12.1b1
+	npm install --silent --no-fund --no-audit --prefix .venv-anchor @foundry-rs/anvil
+	PATH=$(CURDIR)/.venv-anchor/node_modules/.bin:$$PATH .venv-anchor/bin/python -m pytest -q tests/anchor
 
 # Every branch of what guards patients' privacy budget is taken by a test, or this fails.
 PRIVACY_TESTS := tests/privacy --ignore=tests/privacy/test_audit.py \

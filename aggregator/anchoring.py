@@ -180,7 +180,9 @@ def _calls(contract: Any, path: Path) -> Iterator[tuple[int, Any]]:
 
 def _contract(chain: Chain, address: str) -> Any:
     if not chain.web3.is_checksum_address(address) or not chain.web3.eth.get_code(address):
-        raise BadInput(f"there is no contract at {address}", "give the address that `islet anchor deploy` printed")
+        raise BadInput(
+            f"there is no contract at {address}", "give the address that `islet ledger anchor deploy` printed"
+        )
     return chain.web3.eth.contract(address=address, abi=_compiled()["abi"])
 
 

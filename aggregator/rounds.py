@@ -48,6 +48,7 @@ from data_schemas.messages import ReleaseTask
 from data_schemas.plan import RELATION, TrainingPlan
 from pipeline.charter import run_name
 from pipeline.checkpoint import SignedCheckpoint
+from pipeline.contribution import why_unpaid
 from pipeline.wire import TooLarge, from_record, to_record
 
 Vector = NDArray[np.float32]
@@ -155,7 +156,10 @@ def run_federation(
 
 
 def _check_members(desk: _Desk) -> None:
-    members, needed = len(desk.federation().members), desk.settings.min_updates
+    joined = desk.federation().members
+    members, needed = len(joined), desk.settings.min_updates
+    if why := why_unpaid(member.declared_heldout_patients for member in joined.values()):
+        _log.warning("%s", why)
     if members < needed:
         raise BadInput(
             f"the ledger has {members} members and a round needs {needed} updates",

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from data_schemas.errors import BadInput, IsletError
-from pipeline import cli_deploy, cli_federation, cli_governance, cli_models
+from pipeline import cli_anchor, cli_deploy, cli_federation, cli_governance, cli_models
 from pipeline.cli_node import NodePath, make_node, node, say
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ ledger = typer.Typer(no_args_is_help=True, help="The credit ledger: verify, show
 app.add_typer(node, name="node")
 app.add_typer(aggregator, name="aggregator")
 app.add_typer(ledger, name="ledger")
+ledger.add_typer(cli_anchor.app, name="anchor")
 cli_federation.register(ledger)
 cli_governance.register(app, aggregator)
 cli_deploy.register(aggregator, node)
@@ -236,6 +237,7 @@ def aggregator_status(path: AggregatorPath) -> None:
     from aggregator.governance import replay
     from aggregator.ledger import read_entries
     from aggregator.settings import open_folder
+    from pipeline.contribution import why_unpaid
 
     folder = open_folder(path)
     state = replay(read_entries(path / "ledger.db"))
@@ -243,6 +245,8 @@ def aggregator_status(path: AggregatorPath) -> None:
     for name, member in state.members.items():
         say(f"  {name:<14} {member.declared_training_patients:>4} training, "
             f"{member.declared_heldout_patients:>3} held-out patients")  # fmt: skip
+    if why := why_unpaid(member.declared_heldout_patients for member in state.members.values()):
+        say(f"  {why}")
     for run in state.plans:
         rounds = [number for (of, number) in state.rounds if of == run]
         say(f"run {run}: {len(rounds)} of {folder.load_plan().rounds} rounds closed")

@@ -72,6 +72,17 @@ def credit(
     return lines, pot_micro_credits - sum(amounts)
 
 
+def why_unpaid(heldout: Iterable[int]) -> str:
+    """Say why no credit can ever be paid among members with so many declared held-out patients; empty when it can.
+
+    Each member is scored by the others, and by MIN_SCORERS of them at least.
+    """
+    scores = [patients > 0 for patients in heldout]
+    if sum(scores) - all(scores) >= MIN_SCORERS:
+        return ""
+    return f"no credit can be paid: a hospital needs {MIN_SCORERS} others that score it; {sum(scores)} here can score"
+
+
 def mode_of(admitted: Iterable[int]) -> CreditMode:
     """Name how the hospitals had to score an epoch whose rounds admitted so many updates."""
     exact = max(admitted, default=0) <= EXACT_NODES

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from data_schemas.errors import BadInput
 from data_schemas.messages import EpochRelease
-from pipeline.contribution import credit
+from pipeline.contribution import credit, mode_of, why_unpaid
 
 NODES = ("alpha", "bravo", "charlie", "delta", "echo", "foxtrot", "golf")
 POT = 1_000_000
@@ -133,6 +133,19 @@ def test_too_few_scorers_earn_nothing() -> None:
     assert [(x.shapley_mg_dl, x.micro_credits) for x in lines] == [(0.0, 0), (0.0, 0)]
     assert (lines[0].interval_low_mg_dl, lines[0].interval_high_mg_dl) == (-3.96, 3.96)
     assert (lines[1].interval_low_mg_dl, lines[1].interval_high_mg_dl) == (-4.96, 4.96)
+
+
+def test_it_is_said_when_no_credit_can_be_paid() -> None:
+    """Two members who score each other can never be paid, nor anybody with one scorer; with two others somebody can."""
+    assert "no credit can be paid" in why_unpaid([10, 10])
+    assert "no credit can be paid" in why_unpaid([10, 0, 0])
+    assert why_unpaid([10, 10, 3]) == why_unpaid([10, 0, 10]) == ""
+
+
+def test_the_mode_says_how_the_largest_round_was_scored() -> None:
+    """Ten admitted updates are scored exactly, eleven from a sample, whatever the other rounds had."""
+    assert mode_of([10, 3]) == "exact-shapley-weighted-median"
+    assert mode_of([3, 11]) == "sampled-shapley-weighted-median"
 
 
 def test_nobody_scored() -> None:
