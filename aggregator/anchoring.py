@@ -187,8 +187,8 @@ def _contract(chain: Chain, address: str) -> Any:
 
 
 def _sent(chain: Chain, call: Any) -> Any:
-    """Sign, send and wait for a transaction; returns its receipt. Raises CheckFailed when the contract refuses."""
-    from web3.exceptions import ContractLogicError
+    """Sign, send and wait for a transaction; returns its receipt. Raises CheckFailed when the contract refuses, BadInput the chain."""
+    from web3.exceptions import ContractLogicError, Web3RPCError
 
     web3, account = chain.web3, chain.account
     try:
@@ -199,6 +199,8 @@ def _sent(chain: Chain, call: Any) -> Any:
         receipt = web3.eth.wait_for_transaction_receipt(web3.eth.send_raw_transaction(signed.raw_transaction))
     except ContractLogicError as error:
         raise CheckFailed(f"the contract refused: {error.message}", "see docs/anchoring.md") from error
+    except Web3RPCError as error:
+        raise BadInput(f"the chain refused: {error.message}", f"is the account {account.address} funded?") from error
     if receipt["status"] != 1:
         raise CheckFailed("the chain did not take the transaction", "is the account funded?")
     return receipt

@@ -110,6 +110,21 @@ def chain(request: pytest.FixtureRequest) -> Iterator[Chain]:
         process.wait()
 
 
+def fund(chain: Chain, address: str) -> None:
+    """Pay another account."""
+    web3, payer = chain.web3, chain.account
+    payment = {
+        "to": address,
+        "value": 10**18,
+        "gas": 21_000,
+        "gasPrice": 2 * web3.eth.gas_price,
+        "nonce": web3.eth.get_transaction_count(payer.address),
+        "chainId": web3.eth.chain_id,
+    }
+    sent = web3.eth.send_raw_transaction(payer.sign_transaction(payment).raw_transaction)
+    web3.eth.wait_for_transaction_receipt(sent)
+
+
 def test_roots_credit_and_votes_are_there_and_agree(chain: Chain, tmp_path: Path) -> None:
     """What the ledger says is on the chain; writing again writes nothing; what is new later follows."""
     path = logged(tmp_path / "log", STORY)
@@ -177,6 +192,7 @@ def test_the_contract_refuses_what_it_must(chain: Chain, tmp_path: Path) -> None
         with pytest.raises(REFUSED, match=why):
             anchoring._sent(chain, call)
     stranger = Chain(chain.web3, Account.from_key("0x" + "22" * 32))
+    fund(chain, stranger.account.address)
     with pytest.raises(REFUSED, match="only the aggregator writes"):
         anchoring._sent(stranger, ask.anchor(len(STORY) + 1, b"\1" * 32))
 
