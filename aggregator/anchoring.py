@@ -187,7 +187,10 @@ def _contract(chain: Chain, address: str) -> Any:
 
 
 def _sent(chain: Chain, call: Any) -> Any:
-    """Sign, send and wait for a transaction; returns its receipt. Raises CheckFailed when the contract refuses, BadInput the chain."""
+    """Sign, send and wait for a transaction; returns its receipt.
+
+    Raises CheckFailed when the contract refuses, BadInput when the chain does.
+    """
     from web3.exceptions import ContractLogicError, Web3RPCError
 
     web3, account = chain.web3, chain.account
