@@ -41,6 +41,8 @@ class RefusalCode(StrEnum):
     PLAN_NOT_DECIDED = "plan-not-decided"
     PLAN_OUTSIDE_POLICY = "plan-outside-policy"
     MODEL_NOT_DECIDED = "model-not-decided"
+    NODE_PAUSED = "node-paused"
+    NODE_LEFT = "node-left"
 
 
 class Refusal(Frozen):

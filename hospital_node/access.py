@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hmac
 import secrets
 import threading
 from collections import OrderedDict
@@ -36,10 +37,20 @@ class Caller:
     scope: str
     reads: bool
     writes: bool
+    operates: bool = False
 
     def allows(self, pseudonym: str) -> bool:
         """Whether this caller may see this patient."""
         return self.scope in (ALL_PATIENTS, pseudonym)
+
+
+@dataclass(frozen=True, slots=True)
+class _Session:
+    """A browser that signed in: with which key, when, and the token that its forms must bring back."""
+
+    key_id: str
+    since: float
+    form_token: str
 
 
 class Guard:
@@ -49,7 +60,7 @@ class Guard:
         self._ring, self._gate, self._clock = KeyRing(node_home), TokenGate(node_home), clock
         self._rates, self._failures = TokenBuckets(limit), TokenBuckets(FAILURES)
         self._lock = threading.Lock()
-        self._sessions: OrderedDict[str, tuple[str, float]] = OrderedDict()
+        self._sessions: OrderedDict[str, _Session] = OrderedDict()
 
     def bearer(self, request: Any) -> Caller:
         """Return the caller of an API request from its Authorization header."""
@@ -69,12 +80,27 @@ class Guard:
 
     def session(self, request: Any) -> Caller | None:
         """Return the caller of a browser with a session, or None; its key is looked up anew each time."""
+        found = self._found(request)
+        key = None if found is None else self._ring.by_id(found.key_id)
+        return None if key is None else self._admitted(request, _of_key(key))
+
+    def form_token(self, request: Any) -> str:
+        """Return the token that the forms of this browser's pages carry; empty without a session."""
+        found = self._found(request)
+        return "" if found is None else found.form_token
+
+    def form(self, request: Any, token: str) -> Caller:
+        """Return the caller who sent a form of ours. Raises HTTPException 403 for a form that another site made."""
+        from_here(request)
+        found, caller = self._found(request), self.session(request)
+        if found is None or caller is None or not hmac.compare_digest(found.form_token.encode(), token.encode()):
+            raise HTTPException(403, "This form is not from the page you signed in to; open the page again.")
+        return caller
+
+    def _found(self, request: Any) -> _Session | None:
         with self._lock:
             found = self._sessions.get(request.cookies.get(COOKIE, ""))
-        if found is None or self._clock() - found[1] > SESSION_SECONDS:
-            return None
-        key = self._ring.by_id(found[0])
-        return None if key is None else self._admitted(request, _of_key(key))
+        return found if found is not None and self._clock() - found.since <= SESSION_SECONDS else None
 
     def log_in(self, request: Any, presented: str) -> tuple[str, Caller]:
         """Return a new session and its caller for an API key."""
@@ -82,7 +108,9 @@ class Guard:
         caller = self._admitted(request, None if key is None else _of_key(key))
         session = secrets.token_urlsafe(32)
         with self._lock:
-            self._sessions[session] = (caller.who.removeprefix("key:"), self._clock())
+            self._sessions[session] = _Session(
+                caller.who.removeprefix("key:"), self._clock(), secrets.token_urlsafe(32)
+            )
             if len(self._sessions) > MOST_SESSIONS:
                 self._sessions.popitem(last=False)
         return session, caller
@@ -115,6 +143,12 @@ class Guard:
         return caller
 
 
+def from_here(request: Any) -> None:
+    """Refuse a form that a browser says another site sent. Raises HTTPException 403."""
+    if request.headers.get("sec-fetch-site", "same-origin") not in {"same-origin", "none"}:
+        raise HTTPException(403, "This form was sent from another site.")
+
+
 def to_read(caller: Caller, pseudonym: str) -> None:
     """Refuse a caller that may not read this patient. Raises HTTPException 403."""
     if not caller.allows(pseudonym):
@@ -132,7 +166,7 @@ def to_write(caller: Caller, pseudonym: str) -> None:
 
 
 def _of_key(key: ApiKey) -> Caller:
-    return Caller(f"key:{key.key_id}", key.scope, reads=True, writes=key.writes)
+    return Caller(f"key:{key.key_id}", key.scope, reads=True, writes=key.writes, operates=key.operates)
 
 
 def _too_many(wait: int) -> HTTPException:

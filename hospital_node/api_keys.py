@@ -33,8 +33,9 @@ ALL_PATIENTS = "all"
 class ApiKey(Frozen):
     """What the node keeps of a key. scope: `all`, or the pseudonym of the one patient whose readings it may use.
 
-    writes: whether it may add readings. nightscout: SHA-256 of the hexadecimal SHA-1 of the secret, which is what a
-    Nightscout uploader sends in its place; keys made before there was such a thing have none.
+    writes: whether it may add readings. operates: whether it may pause the node or leave the federation. nightscout:
+    SHA-256 of the hexadecimal SHA-1 of the secret, which is what a Nightscout uploader sends in its place; keys made
+    before there was such a thing have none.
     """
 
     key_id: str = Field(pattern=r"^[0-9a-f]{8}$")
@@ -42,6 +43,7 @@ class ApiKey(Frozen):
     scope: str = Field(pattern=r"^[A-Za-z0-9._-]{1,128}$")
     created_at: datetime
     writes: bool = False
+    operates: bool = False
     nightscout: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
 
     def allows(self, pseudonym: str) -> bool:
@@ -53,13 +55,17 @@ class _KeyFile(Frozen):
     keys: tuple[ApiKey, ...] = ()
 
 
-def create_key(node_home: Path, scope: str, now_s: float, *, writes: bool = False) -> tuple[ApiKey, str]:
+def create_key(
+    node_home: Path, scope: str, now_s: float, *, writes: bool = False, operates: bool = False
+) -> tuple[ApiKey, str]:
     """Add a key and return it with its secret text: the only time that text exists outside the app.
 
-    writes: the key may also add readings.
+    writes: the key may also add readings; operates: it may turn the hospital's switch on the clinic's page.
 
-    Raises BadInput for a scope that cannot be a pseudonym.
+    Raises BadInput for a scope that cannot be a pseudonym, and for one patient's key that would operate the node.
     """
+    if operates and scope != ALL_PATIENTS:
+        raise BadInput("a key that operates the node is for all patients", "leave out the pseudonym")
     secret = KEY_PREFIX + secrets.token_urlsafe(KEY_BYTES)
     try:
         key = ApiKey(
@@ -68,6 +74,7 @@ def create_key(node_home: Path, scope: str, now_s: float, *, writes: bool = Fals
             scope=scope,
             created_at=datetime.fromtimestamp(now_s, tz=UTC),
             writes=writes,
+            operates=operates,
             nightscout=_hash(nightscout_secret(secret)),
         )
     except ValidationError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import TypeAlias
@@ -13,7 +14,7 @@ from markupsafe import Markup, escape
 
 from data_schemas.forecast import Forecast, GlucoseUnit
 from data_schemas.units import MG_DL_PER_MMOL_L
-from hospital_node.profile import Profile
+from hospital_node.profile import Profile, Range
 from pipeline.forecasting import Float32, Int64
 
 WIDTH, HEIGHT = 720, 300
@@ -21,15 +22,20 @@ LEFT, RIGHT, TOP, BOTTOM = 58, 14, 12, 34
 _GUIDES = (54.0, 70.0, 180.0, 250.0)
 # The two lowest lines lie close together: their labels give each other room.
 _NUDGE = {54.0: 14.0, 70.0: -1.0}
+# Half circle of a gauge, in its own units; from this share on it is drawn as nearly full.
+_GAUGE_X, _GAUGE_Y, _GAUGE_R = 120, 118, 100
+_NEARLY_FULL = 0.9
+# A profile's axis ends at 350 mg/dL by convention, and at 400 where the 95% line is above this.
+_USUAL_TOP = 340.0
 Point: TypeAlias = tuple[float, float]
 
 
 class _Axes:
     """From minutes and mg/dL to the drawing's own units."""
 
-    def __init__(self, minutes: tuple[float, float], top_mg_dl: float) -> None:
+    def __init__(self, minutes: tuple[float, float], top_mg_dl: float, low_mg_dl: float = 40.0) -> None:
         self.first, self.last = minutes
-        self.low, self.top = 40.0, top_mg_dl
+        self.low, self.top = low_mg_dl, top_mg_dl
 
     def x(self, minute: float) -> float:
         """Horizontal place of a minute."""
@@ -52,7 +58,7 @@ def forecast_chart(
     recent = time_s > now_s - 3 * 3600
     dots = [((t - now_s) / 60, float(g)) for t, g in zip(time_s[recent], glucose_mg_dl[recent], strict=True)]
     factor = 1.0 if units == "mg/dL" else MG_DL_PER_MMOL_L
-    fan = [] if made is None else [_fan(made, now_s, factor, pair) for pair in (("p05", "p95"), ("p10", "p90"))]
+    fan = [] if made is None else [_fan(made, now_s, factor, pair) for pair in (("p10", "p90"), ("p25", "p75"))]
     middle = [] if made is None else [((p.at.timestamp() - now_s) / 60, p.p50 * factor) for p in made.points]
     highest = max([v for _, v in dots] + [v for band in fan for _, v in band] + [200.0])
     axes = _Axes((-180.0, 70.0), min(400.0, highest + 20))
@@ -71,7 +77,7 @@ def forecast_chart(
 
 def profile_chart(found: Profile, units: GlucoseUnit) -> Markup:
     """The ambulatory glucose profile: median, 25 to 75 and 5 to 95% of 14 days by time of day."""
-    axes = _Axes((0.0, 1440.0), min(400.0, max(260.0, float(np.nanmax(found.bands, initial=0.0)) + 20)))
+    axes = _Axes((0.0, 1440.0), 350.0 if np.nanmax(found.bands, initial=0.0) <= _USUAL_TOP else 400.0, 0.0)
     step = 1440 / len(found.bands)
     shapes = [*_frame(axes, units)]
     shapes += [
@@ -88,27 +94,47 @@ def profile_chart(found: Profile, units: GlucoseUnit) -> Markup:
     return _svg("Glucose by time of day over 14 days: median, and where half and nine tenths of it lay", shapes)
 
 
-def range_bar(found: Profile) -> Markup:
+def range_bar(ranges: Sequence[Range], height: int = 34) -> Markup:
     """Times in ranges as one bar, each part with its width in per cent."""
     shapes, x = [], 0.0
-    for part in reversed(found.ranges):
+    for part in reversed(ranges):
         width = part.share * WIDTH
         if width > 0:
-            shapes.append(f'<rect class="{escape(part.css)}" x="{x:.1f}" y="0" width="{width:.1f}" height="34"/>')
+            shapes.append(f'<rect class="{escape(part.css)}" x="{x:.1f}" y="0" width="{width:.1f}" height="{height}"/>')
         x += width
-    told = ", ".join(f"{part.name.lower()} {part.share:.0%}" for part in found.ranges)
-    return _svg(f"Times in ranges: {told}", shapes, height=34)
+    told = ", ".join(f"{part.name.lower()} {part.share:.0%}" for part in ranges)
+    return _svg(f"Times in ranges: {told}", shapes, height=height, css="bar")
 
 
-def gauge(share: float, words: str) -> Markup:
-    """How much of a whole is used up, as a bar."""
-    width = min(max(share, 0.0), 1.0) * WIDTH
-    css = "spent full" if share >= 0.9 else "spent"
+def gauge(share: float, words: str, value: str, under: str) -> Markup:
+    """How much of a whole is used up: a half circle that fills from the left, with the number inside."""
+    inside = min(max(share, 0.0), 1.0)
+    css = "spent full" if share >= _NEARLY_FULL else "spent"
     shapes = [
-        f'<rect class="whole" width="{WIDTH}" height="26" rx="13"/>',
-        f'<rect class="{css}" width="{width:.1f}" height="26" rx="13"/>' if width >= 26 else "",
+        f'<path class="whole" d="{_arc(1.0)}"/>',
+        f'<path class="{css}" d="{_arc(inside)}"/>' if inside > 0 else "",
+        f'<text class="big" x="{_GAUGE_X}" y="{_GAUGE_Y - 14}" text-anchor="middle">{escape(value)}</text>',
+        f'<text x="{_GAUGE_X}" y="{_GAUGE_Y + 6}" text-anchor="middle">{escape(under)}</text>',
     ]
-    return _svg(words, shapes, height=26)
+    head = f'<svg class="gauge" viewBox="0 0 240 138" role="img" aria-label="{escape(words)}">'
+    return Markup(head + "".join(shapes) + "</svg>")  # noqa: S704 numbers and escaped words only
+
+
+def share_bar(share: float, words: str) -> Markup:
+    """One part of a whole as a thin bar."""
+    width = min(max(share, 0.0), 1.0) * WIDTH
+    shapes = [
+        f'<rect class="whole" width="{WIDTH}" height="60" rx="30"/>',
+        f'<rect class="spent" width="{max(width, 60):.1f}" height="60" rx="30"/>' if width > 0 else "",
+    ]
+    return _svg(words, shapes, height=60, css="thin")
+
+
+def _arc(share: float) -> str:
+    """From the left end of the half circle over the top, this far."""
+    angle = math.pi * (1 - share)
+    x, y = _GAUGE_X + _GAUGE_R * math.cos(angle), _GAUGE_Y - _GAUGE_R * math.sin(angle)
+    return f"M {_GAUGE_X - _GAUGE_R} {_GAUGE_Y} A {_GAUGE_R} {_GAUGE_R} 0 0 1 {x:.2f} {y:.2f}"
 
 
 def _fan(made: Forecast, now_s: float, factor: float, pair: tuple[str, str]) -> list[Point]:
@@ -128,7 +154,8 @@ def _frame(axes: _Axes, units: GlucoseUnit) -> list[str]:
     for value in _GUIDES:
         if value < axes.top:
             y = axes.y(value)
-            shapes.append(f'<line class="guide" x1="{LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
+            css = "guide edge" if value in (70.0, 180.0) else "guide"
+            shapes.append(f'<line class="{css}" x1="{LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
             shapes.append(_label(LEFT - 7, y + _NUDGE.get(value, 5), shown(value, units), "end"))
     return shapes
 
@@ -166,6 +193,6 @@ def _label(x: float, y: float, text: str, anchor: str) -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
-def _svg(words: str, shapes: list[str], height: int = HEIGHT) -> Markup:
-    head = f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(words)}">'
+def _svg(words: str, shapes: list[str], height: int = HEIGHT, css: str = "chart") -> Markup:
+    head = f'<svg class="{css}" viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(words)}">'
     return Markup(head + "".join(shapes) + "</svg>")  # noqa: S704 numbers and escaped words only

@@ -7,6 +7,7 @@ exception to the server; here none gets that far.
 
 from __future__ import annotations
 
+import json
 import os
 import time
 import traceback
@@ -32,6 +33,9 @@ from data_schemas.messages import (
     ScoreTask,
     TrainTask,
 )
+from hospital_node import participation
+from hospital_node.audit_log import Access, AuditLog
+from hospital_node.ceilings import Declined
 from hospital_node.folder import NodeFolder
 from hospital_node.task_record import note, record
 from pipeline.wire import from_record, to_record
@@ -60,7 +64,7 @@ def train(message: Message, context: Context) -> Message:
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
-    """ScoreTask with arrays `base`, `updates` and, under a plan with momentum, `velocity` -> Scored or Refusal."""
+    """ScoreTask with arrays `base` float32[D] and `updates` float32[n, D] -> Scored or Refusal."""
     return _reply(message, context, _score)
 
 
@@ -97,6 +101,8 @@ def model(message: Message, context: Context) -> Message:
 def _reply(message: Message, context: Context, handle: Handler, *, sitting: bool = False) -> Message:
     started = time.monotonic()
     body, arrays = _answer(message, context, handle, sitting=sitting)
+    if handle in _ABOUT_PATIENTS:
+        _tell(_home(context), message, handle, body)
     record(_home(context), message.metadata.message_type, body, time.monotonic() - started)
     return Message(content=to_record(body, arrays), reply_to=message)
 
@@ -106,8 +112,12 @@ def _answer(message: Message, context: Context, handle: Handler, *, sitting: boo
     home = _home(context)
     try:
         body, arrays = _content(message)
+        if handle in _ABOUT_PATIENTS:
+            participation.check(home)
         with NodeFolder.open(home, sitting=sitting) as node:
             return handle(node, body, arrays)
+    except Declined as declined:
+        return Refusal(code=declined.code), {}
     except _Malformed:
         return Refusal(code=RefusalCode.MALFORMED_TASK), {}
     except NodeBusy:
@@ -170,8 +180,7 @@ def _score(node: NodeFolder, body: bytes, arrays: Arrays) -> Answer:
     from hospital_node import scoring
 
     task = _parsed(ScoreTask, body)
-    velocity = _array(arrays, "velocity", 1) if task.plan.server.momentum else None
-    return scoring.score(node, task, _array(arrays, "base", 1), _array(arrays, "updates", 2), velocity), {}
+    return scoring.score(node, task, _array(arrays, "base", 1), _array(arrays, "updates", 2)), {}
 
 
 def _release(node: NodeFolder, body: bytes, _arrays: Arrays) -> Answer:
@@ -190,6 +199,28 @@ def _model(node: NodeFolder, body: bytes, arrays: Arrays) -> Answer:
     from hospital_node import champion
 
     return champion.install(node, _parsed(ModelTask, body), _array(arrays, "weights", 1)), {}
+
+
+# What uses patients' readings: the hospital's switch stops it, and reports/tasks.jsonl tells of it.
+_ABOUT_PATIENTS: dict[Handler, tuple[str, str]] = {
+    _train: ("train round", "round"),
+    _score: ("score round", "round"),
+    _release: ("release credit of epoch", "epoch"),
+}
+
+
+def _tell(home: Path, message: Message, handle: Handler, answer: Frozen) -> None:
+    """One line in reports/tasks.jsonl: what the federation asked about patients, and how this node answered."""
+    what, number = _ABOUT_PATIENTS[handle]
+    try:
+        task = json.loads(_content(message)[0])
+        asked = f"{what} {int(task[number])} of {task['run']}"
+    except (_Malformed, ValueError, KeyError, TypeError):
+        asked = what
+    outcome = answer.code.value if isinstance(answer, Refusal) else "answered"
+    log = AuditLog(home / "reports" / "tasks.jsonl")
+    log.write(Access(at=time.time(), who="federation", operation=asked, outcome=outcome))
+    log.close()
 
 
 def _log(home: Path, error: Exception) -> None:

@@ -28,9 +28,11 @@ from data_schemas.units import RESEARCH_LABEL
 from hospital_node import champion
 from hospital_node.access import Guard
 from hospital_node.audit_log import AuditLog
+from hospital_node.credit_proof import ProofDesk
 from hospital_node.exchange_routes import add_fhir_routes, add_nightscout_routes
 from hospital_node.forecast_routes import ForecastRequest, add_forecast_routes, add_status_routes
 from hospital_node.held_readings import HeldReadings
+from hospital_node.own_patients import OwnPatients
 from hospital_node.page_routes import add_page_routes
 from hospital_node.personal import PersonalAdaptations
 from hospital_node.problems import (
@@ -49,6 +51,7 @@ from hospital_node.rate_limit import RateLimit
 from hospital_node.reading_routes import ReadingsUpload, add_reading_routes
 from hospital_node.served_model import ServedModel
 from hospital_node.services import Services, body_errors
+from hospital_node.switch_routes import add_switch_routes
 from hospital_node.traffic import OUTCOME, BodyLimit, Counted, Traffic
 from pipeline.what_if import UnusableScenario
 
@@ -79,11 +82,13 @@ def create_app(
     model_folder: Path | None = None,
     clock: Callable[[], float] = time.time,
     limit: RateLimit = RateLimit(),  # noqa: B008 a frozen value
+    challenger: Path | None = None,
 ) -> FastAPI:
     """Make the endpoint's ASGI application. clock: UTC epoch seconds; limit: requests of one caller.
 
     model_folder: for a node that follows no ledger; one that does serves the champion that the members decided. While
     there is none the answer is 503; a folder that is not sound, or was not decided, raises BadInput or CheckFailed.
+    challenger: folder of the model that the clinic's page compares with the one that answers.
     """
     if not (node_home / "node.toml").exists():
         raise BadInput(f"{node_home} is not a node folder", "make one with `islet node init`")
@@ -99,6 +104,9 @@ def create_app(
         audit=AuditLog(node_home / "reports" / "access.jsonl"),
         traffic=Traffic(),
         clock=clock,
+        challenger=None if challenger is None else ServedModel(challenger),
+        proofs=ProofDesk(node_home),
+        own=OwnPatients(),
     )
     services.served.find()
     app = FastAPI(
@@ -117,6 +125,7 @@ def create_app(
     add_nightscout_routes(app, services)
     add_fhir_routes(app, services)
     add_page_routes(app, services)
+    add_switch_routes(app, services)
     add_status_routes(app, services)
     app.add_middleware(BodyLimit)
     app.add_middleware(Counted, traffic=services.traffic, audit=services.audit, clock=clock)
@@ -130,6 +139,7 @@ def serve(
     port: int = 8080,
     ready: Callable[[Running], None] | None = None,
     limit: RateLimit = RateLimit(),  # noqa: B008 a frozen value
+    challenger: Path | None = None,
 ) -> None:
     """Serve until stopped (SIGINT, SIGTERM, or Running.stop); requests in hand are finished. port 0 takes a free one.
 
@@ -148,7 +158,7 @@ def serve(
             self.should_exit = True
 
     config = uvicorn.Config(
-        create_app(node_home, model_folder, limit=limit),
+        create_app(node_home, model_folder, limit=limit, challenger=challenger),
         host=host,
         port=port,
         workers=1,

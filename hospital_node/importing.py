@@ -70,7 +70,7 @@ def take_in(export: Export, store: Store, suite: Suite) -> Intake:
         for part, valid, quarantined, report in _checked(export, judge, people):
             labels |= part.labels
             incoming.add(valid, quarantined, report, part.rows_by_file)
-        incoming.finish(flag_cohort(pd.concat(people, ignore_index=True), judge))
+        incoming.finish(flag_cohort(pd.concat(people, ignore_index=True), judge), str(export.folder))
     return Intake(incoming.account, labels, incoming.past, incoming.number)
 
 

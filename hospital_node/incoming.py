@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import time
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, astuple, dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +27,23 @@ from hospital_node.segments import Segments
 FILE_ALREADY_IMPORTED = "file-already-imported"
 ALREADY_STORED = "already-stored"
 CONFLICTS_WITH_STORED = "conflicts-with-stored"
+# The origin of readings that apps sent; that of an export is its folder.
+APPS = "apps"
+# Made when first needed: a store from before it goes on.
+_ORIGINS = """
+CREATE TABLE IF NOT EXISTS origins (origin TEXT PRIMARY KEY, newest_s INTEGER NOT NULL, imported_s INTEGER NOT NULL,
+ files INTEGER NOT NULL, readings INTEGER NOT NULL) STRICT
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Freshness:
+    """What came from one origin: newest reading and last import (epoch seconds), files, readings."""
+
+    newest_s: int
+    imported_s: int
+    files: int
+    readings: int
 
 
 class Incoming:
@@ -35,6 +53,7 @@ class Incoming:
         self._db, self._segments = db, segments
         self._before = {str(row[0]) for row in db.execute("SELECT sha256 FROM sources")}
         self._new: list[str] = []
+        self._newest_s = 0
         self.past = past(db)
         self.account = NOTHING
         self.number: int | None = None
@@ -51,8 +70,11 @@ class Incoming:
         self._write("quarantine", held)
         self.account += account_of(rows_by_file, fresh, held, final)
 
-    def finish(self, flagged: Mapping[str, int]) -> None:
-        """Add flags about the people as a whole, and note the import, unless all of its files were there before."""
+    def finish(self, flagged: Mapping[str, int], origin: str = "") -> None:
+        """Add flags about the people as a whole, and note the import, unless all of its files were there before.
+
+        origin: where the files came from, for `freshness`.
+        """
         report = self.account.report
         self.account = replace(self.account, report=replace(report, flagged=report.flagged | dict(flagged)))
         new = sorted(self.account.files.keys() - self._before)
@@ -60,7 +82,19 @@ class Incoming:
             return
         self._db.executemany("INSERT INTO sources VALUES (?)", [(source,) for source in new])
         kept = (canonical_bytes(asdict(self.account.report)), canonical_bytes(self.account.portrait.to_json()))
+        self._note_origin(origin, len(new))
         self.number = self._db.execute("INSERT INTO imports (report, portrait) VALUES (?, ?)", kept).lastrowid
+
+    def _note_origin(self, origin: str, files: int) -> None:
+        before = freshness(self._db).get(origin, Freshness(0, 0, 0, 0))
+        self._db.execute(_ORIGINS)
+        now = Freshness(
+            max(before.newest_s, self._newest_s),
+            int(time.time()),
+            before.files + files,
+            before.readings + self.account.report.accepted,
+        )
+        self._db.execute("INSERT OR REPLACE INTO origins VALUES (?, ?, ?, ?, ?)", (origin, *astuple(now)))
 
     def undo(self) -> None:
         """Remove the segments that this import wrote."""
@@ -72,6 +106,8 @@ class Incoming:
             return
         name, new = self._segments.write(frame)
         self._new += [name] if new else []
+        if kind == "readings":
+            self._newest_s = max(self._newest_s, int(seconds_of(frame).max()))
         note_segment(self._db, name, kind, frame)
 
 
@@ -97,6 +133,13 @@ def note_segment(db: sqlite3.Connection, name: str, kind: str, frame: pd.DataFra
         "INSERT INTO people VALUES (?, ?, ?, ?, ?, ?, ?)",
         [(str(names[person[row[0]]]), name, *row) for row in rows],
     )
+
+
+def freshness(db: sqlite3.Connection) -> dict[str, Freshness]:
+    """Return, by origin, how fresh what came from it is."""
+    if db.execute("SELECT 1 FROM sqlite_master WHERE name = 'origins'").fetchone() is None:
+        return {}
+    return {row[0]: Freshness(*row[1:]) for row in db.execute("SELECT * FROM origins")}
 
 
 def past(db: sqlite3.Connection) -> Portrait:

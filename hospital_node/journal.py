@@ -26,6 +26,7 @@ from data_schemas.canonical import content_hash
 from data_schemas.errors import StorageFailed
 from data_schemas.reading import COLUMNS, Flag, QualityReport, ValidReadings
 from data_schemas.units import SENSOR_MAX_MG_DL, SENSOR_MIN_MG_DL
+from hospital_node.incoming import APPS
 from hospital_node.row_rules import NEIGHBOUR_SECONDS, RowRules
 from hospital_node.store import ALREADY_STORED, CONFLICTS_WITH_STORED, Store
 from pipeline.forecasting import Float32, Int64
@@ -146,7 +147,7 @@ class Journal:
             held = db.execute("SELECT patient, time_s, glucose, rule FROM held ORDER BY 1, 2, 3, 4").fetchall()
         if not rows and not held:
             return 0
-        store.add(*_import(rows, held))
+        store.add(*_import(rows, held), origin=APPS)
         with self._writing:
             with self._transaction() as db:
                 db.executemany("DELETE FROM readings WHERE patient = ? AND time_s = ?", [row[:2] for row in rows])

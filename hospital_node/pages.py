@@ -3,53 +3,72 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 from zoneinfo import ZoneInfo
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 
-from data_schemas.errors import IsletError
-from data_schemas.forecast import Forecast, GlucoseUnit, NoForecast
-from data_schemas.units import DELTA, RESEARCH_LABEL
+from data_schemas.forecast import Forecast, GlucoseUnit, NoForecast, Quality
+from data_schemas.units import RESEARCH_LABEL
 from hospital_node import charts
-from hospital_node.budget import COHORTS, MOST_ROUNDS, BudgetBook, Cohort
-from hospital_node.folder import NodeFolder
-from hospital_node.held_readings import HeldReadings
 from hospital_node.problems import NO_FORECAST
 from hospital_node.profile import ENOUGH_SHARE, Profile, profile
-from hospital_node.settings import NodeSettings, read_settings
+from hospital_node.settings import NodeSettings
 from pipeline.export import LoadedModel
 from pipeline.forecasting import Float32, Int64
 from pipeline.model_card import privacy_statement
+from pipeline.reading_rules import MAX_AGE_SECONDS
 
+_SMALL = 0.05
 HERE = Path(__file__).parent
-MOST_PATIENTS = 200
 _environment = Environment(
     loader=FileSystemLoader(HERE / "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
 )
-_environment.globals.update(label=RESEARCH_LABEL, node="", signed_in=False)
+_environment.globals.update(label=RESEARCH_LABEL, node="", form_token="")
+
+
+# The same in a patient's words; what only an app's developer can mend says whom to tell.
+_IN_WORDS: dict[NoForecast, tuple[str, str]] = {
+    NoForecast.STALE: (
+        "The newest reading is too old",
+        "A forecast starts from a reading of the last 12 minutes. Check that the sensor is on and near its reader.",
+    ),
+    NoForecast.FUTURE: ("The newest reading lies in the future", "Check the clock of the phone or reader."),
+    NoForecast.TOO_LITTLE_HISTORY: (
+        "There are too few readings yet",
+        "A forecast needs readings over at least an hour, without a gap of half an hour at its end.",
+    ),
+    NoForecast.FLAT: (
+        "The sensor has shown the same value for 45 minutes",
+        "Real glucose moves; check the sensor.",
+    ),
+    NoForecast.NOISY: (
+        "The sensor's values jump about",
+        "The forecast comes back when the readings are calm again; check the sensor.",
+    ),
+    NoForecast.JUMP: (
+        "Two readings differ by more than glucose can change",
+        "The forecast comes back when the last hour holds no such jump. Check the sensor.",
+    ),
+}
+
+
+_QUALITY: dict[Quality, str] = {
+    Quality.AGEING: "the newest reading is over 7 minutes old",
+    Quality.GAPS: "some readings are missing",
+    Quality.SHORT_HISTORY: "there are few readings before it",
+    Quality.SHORT_DAY: "there is less than a day of readings",
+    Quality.AT_SENSOR_LIMIT: "a reading stands at the end of the sensor's range",
+    Quality.JUMPS: "some readings jump",
+}
 
 
 def render(template: str, **values: Any) -> str:
     """Fill in a template; everything is escaped but the drawings made here."""
     return _environment.get_template(template).render(**values)
-
-
-@dataclass(frozen=True, slots=True)
-class BudgetLine:
-    """One cohort's budget, ready to show."""
-
-    name: str
-    spent: str
-    ceiling: str
-    left: str
-    what: str
-    gauge: Markup
 
 
 def patient_page(
@@ -64,15 +83,19 @@ def patient_page(
 ) -> dict[str, Any]:
     """Values of patient.html.j2: newest reading, forecast or reason, drawing, and the last 14 days."""
     forecast = made if isinstance(made, Forecast) else None
-    _, title, detail = ("", "", "") if isinstance(made, Forecast) else NO_FORECAST[made]
+    title, detail = ("", "") if isinstance(made, Forecast) else _IN_WORDS.get(made, NO_FORECAST[made][1:])
     found = profile(time_s, glucose, now_s, zone)
     return {
         "patient": patient,
         "units": units,
         "zone": zone.key,
         "last": charts.shown(float(glucose[-1]), units) if len(glucose) else "",
-        "age": _ago(now_s - float(time_s[-1])) if len(time_s) else "",
+        "age": ago(now_s - float(time_s[-1])) if len(time_s) else "",
+        "at": _clock(float(time_s[-1]), now_s, zone) if len(time_s) else "",
+        "old": bool(len(time_s)) and now_s - float(time_s[-1]) > MAX_AGE_SECONDS,
+        "target": f"{charts.shown(70, units)} to {charts.shown(180, units)}",
         "sentence": "" if forecast is None else sentence(forecast, zone),
+        "quality": "" if forecast is None else ", ".join(_QUALITY[flag] for flag in forecast.quality),
         "reason_title": title,
         "reason_detail": detail,
         "chart": charts.forecast_chart(time_s, glucose, forecast, now_s, units, zone),
@@ -89,37 +112,6 @@ def sentence(made: Forecast, zone: ZoneInfo) -> str:
     digits = 0 if made.units == "mg/dL" else 1
     low, high = (f"{value:.{digits}f}" for value in (point.p10, point.p90))
     return f"Likely {low} to {high} {made.units} at {point.at.astimezone(zone):%H:%M}, 8 in 10."
-
-
-def clinic_page(
-    home: Path, settings: NodeSettings, held: HeldReadings, model: LoadedModel | None, now_s: float
-) -> dict[str, Any]:
-    """Values of clinic.html.j2. Reads the store, so it takes as long as that does."""
-    people = [(name, _newest(held, name)) for name in held.patients()]
-    people.sort(key=lambda pair: -pair[1])
-    quarantined = held.store.quarantined()["rule"].value_counts()
-    book = _book(home)
-    last = None if book is None else next((r for r in reversed(book.rows()) if r.cohort == "training"), None)
-    return {
-        "node": settings.name,
-        "federation": settings.federation,
-        "now": f"{datetime.fromtimestamp(now_s, tz=UTC):%d %B %Y, %H:%M} UTC",
-        "round": "" if last is None else f"{datetime.fromisoformat(last.at):%d %b %H:%M}",
-        "asked_by": "" if last is None else last.asked_by,
-        "model": model,
-        "privacy": "" if model is None else privacy_statement(model.card),
-        "freshest": _ago(now_s - people[0][1]) if people else "",
-        "recent": sum(now_s - newest < 24 * 3600 for _, newest in people),
-        "patients": [{"name": name, "when": _ago(now_s - newest)} for name, newest in people[:MOST_PATIENTS]],
-        "more": max(0, len(people) - MOST_PATIENTS),
-        "counts": held.store.counts(),
-        "waiting": len(held.journal),
-        "rules": [(str(rule), int(rows)) for rule, rows in quarantined.items()],
-        "sources": _sources(settings, held, now_s),
-        "budget": [] if book is None else [_budget_line(book, cohort, settings) for cohort in COHORTS],
-        "delta": f"{DELTA:g}",
-        "credit": _credit(home),
-    }
 
 
 def zone_of(settings: NodeSettings) -> ZoneInfo:
@@ -190,73 +182,39 @@ def _profile_values(found: Profile, units: GlucoseUnit) -> dict[str, Any]:
         return f"{charts.shown(low, units)} to {charts.shown(high, units)}"
 
     return {
-        "bar": charts.range_bar(found),
+        "bar": charts.range_bar(found.ranges),
         "agp": charts.profile_chart(found, units),
         "ranges": [
             {
                 "name": r.name,
                 "css": r.css,
                 "limits": limits(r.low_mg_dl, r.high_mg_dl),
-                "share": f"{r.share:.0%}",
+                "share": percent(r.share),
                 "goal": r.goal,
             }
             for r in found.ranges
         ],
         "mean": charts.shown(found.mean_mg_dl, units),
+        "gmi": f"{3.31 + 0.02392 * found.mean_mg_dl:.1f}%",
         "variation": f"{found.variation_percent:.0f}%",
         "covered": f"{found.covered:.0%}",
         "too_few": found.covered < ENOUGH_SHARE,
     }
 
 
-def _book(home: Path) -> BudgetBook | None:
-    """The budget book, or None while it cannot be read whole: a round may be writing its next row."""
-    try:
-        return NodeFolder(home, read_settings(home / "node.toml")).budget()
-    except IsletError:
-        return None
+def percent(share: float) -> str:
+    """A share in per cent, with a decimal where it is small: below 1% is not nothing."""
+    return f"{share:.1%}" if 0 < share < _SMALL else f"{share:.0%}"
 
 
-def _budget_line(book: BudgetBook, cohort: Cohort, settings: NodeSettings) -> BudgetLine:
-    ceiling = settings.max_epsilon_training if cohort == "training" else settings.max_epsilon_heldout
-    last = next((row for row in reversed(book.rows()) if row.cohort == cohort), None)
-    spent = 0.0 if last is None else last.epsilon_after
-    left = -1 if last is None else book.rounds_left(cohort, last.event, ceiling)
-    name = "Training patients" if cohort == "training" else "Held-out patients"
-    words = f"{name}: epsilon {spent:.2f} of {ceiling:g} spent"
-    more = "" if left < 0 else f"{left:,}" + (" or more" if left == MOST_ROUNDS else "")
-    what = "rounds" if cohort == "training" else "releases"
-    return BudgetLine(name, f"{spent:.2f}", f"{ceiling:g}", more, what, charts.gauge(spent / ceiling, words))
+def _clock(at_s: float, now_s: float, zone: ZoneInfo) -> str:
+    """A clock time, with its date where that is another day."""
+    at, now = (datetime.fromtimestamp(moment, tz=zone) for moment in (at_s, now_s))
+    return f"{at:%H:%M}" if at.date() == now.date() else f"{at:%H:%M on %d %B %Y}"
 
 
-def _sources(settings: NodeSettings, held: HeldReadings, now_s: float) -> list[tuple[str, str]]:
-    """Newest reading from exports and from apps; the store keeps hashes of files, not their names."""
-    exports = int(held.newest_stored())
-    apps = max((int(held.journal.readings(name)[0][-1]) for name in held.journal.patients()), default=0)
-    layouts = ", ".join(sorted({source.layout for source in settings.sources})) or "none configured"
-    return [
-        (f"store (exports: {layouts})", _ago(now_s - exports) if exports else "none"),
-        ("apps, since the last batch", _ago(now_s - apps) if apps else "none"),
-    ]
-
-
-def _credit(home: Path) -> str:
-    """What the node itself knows: the last checkpoint it cosigned; credits are in the ledger."""
-    try:
-        seen = json.loads((home / "witness.json").read_bytes())
-        return (
-            f"This node cosigned the ledger up to entry {int(seen['size']):,}. Credit is in the ledger itself: "
-            "`islet ledger show` lists it, `islet ledger verify` proves it."
-        )
-    except (OSError, ValueError, KeyError, TypeError):
-        return "Not known here yet: this node has cosigned no checkpoint of the ledger."
-
-
-def _newest(held: HeldReadings, patient: str) -> int:
-    return int(held.readings(patient)[0][-1])
-
-
-def _ago(seconds: float) -> str:
+def ago(seconds: float) -> str:
+    """How long ago something was, in words."""
     if seconds < 0:
         return "ahead of the clock"
     steps = ((90, "s", 1), (90 * 60, "min", 60), (48 * 3600, "h", 3600), (np.inf, "days", 24 * 3600))

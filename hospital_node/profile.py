@@ -67,13 +67,19 @@ def profile(time_s: Int64, glucose_mg_dl: Float32, now_s: float, zone: ZoneInfo)
         return None
     mean = float(glucose.mean())
     return Profile(
-        ranges=tuple(Range(n, css, low, high, _share(glucose, low, high), goal) for n, css, low, high, goal in _RANGES),
+        ranges=times_in_ranges(glucose),
         bands=_bands(times, glucose, zone),
         mean_mg_dl=mean,
         variation_percent=100 * float(glucose.std()) / mean,
         covered=_covered(times),
         readings=len(times),
     )
+
+
+def times_in_ranges(glucose_mg_dl: npt.NDArray[np.floating]) -> tuple[Range, ...]:
+    """Return the share of readings in each range, from very high to very low. glucose_mg_dl: float[N], N > 0."""
+    glucose = glucose_mg_dl.astype(np.float64)
+    return tuple(Range(n, css, low, high, _share(glucose, low, high), goal) for n, css, low, high, goal in _RANGES)
 
 
 def _share(glucose: npt.NDArray[np.float64], low: float | None, high: float | None) -> float:

@@ -17,7 +17,9 @@ from data_schemas.forecast import Forecast, GlucoseUnit, NoForecast
 from data_schemas.scenario import Scenario
 from hospital_node.access import Guard
 from hospital_node.audit_log import AuditLog
+from hospital_node.credit_proof import ProofDesk
 from hospital_node.held_readings import HeldReadings
+from hospital_node.own_patients import OwnPatients
 from hospital_node.personal import PersonalAdaptations
 from hospital_node.problems import PROBLEM_JSON
 from hospital_node.published_model import PublishedModels
@@ -34,7 +36,7 @@ API_SECRET: Security = [{"apiSecret": []}]
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """Everything a route may use. clock: UTC epoch seconds."""
+    """Everything a route may use. clock: UTC epoch seconds; challenger: the model compared with the served one."""
 
     home: Path
     served: ServedModel
@@ -45,6 +47,9 @@ class Services:
     audit: AuditLog
     traffic: Traffic
     clock: Callable[[], float]
+    challenger: ServedModel | None
+    proofs: ProofDesk
+    own: OwnPatients
 
     async def stored(self, pseudonym: str) -> tuple[Int64, Float32]:
         """Return one person's readings; reading a changed store again leaves the loop to others."""

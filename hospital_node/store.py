@@ -28,7 +28,9 @@ from hospital_node.incoming import (
     ALREADY_STORED,
     CONFLICTS_WITH_STORED,
     FILE_ALREADY_IMPORTED,
+    Freshness,
     Incoming,
+    freshness,
     note_segment,
     past,
     stored_values,
@@ -111,16 +113,21 @@ class Store:
                 raise
 
     def add(
-        self, valid: ValidReadings, quarantined: pd.DataFrame, report: QualityReport, sources: Sequence[str]
+        self,
+        valid: ValidReadings,
+        quarantined: pd.DataFrame,
+        report: QualityReport,
+        sources: Sequence[str],
+        origin: str = "",
     ) -> QualityReport:
         """Store an import of one part and return its report after comparing with what was stored; see importing().
 
-        sources: SHA-256 of every file of the import.
+        sources: SHA-256 of every file of the import; origin: where they came from.
         """
         rows = valid.frame["source"].value_counts().add(quarantined["source"].value_counts(), fill_value=0)
         with self.importing() as incoming:
             incoming.add(valid, quarantined, report, {source: int(rows.get(source, 0)) for source in sources})
-            incoming.finish({})
+            incoming.finish({}, origin)
         return incoming.account.report
 
     def patients(self) -> tuple[str, ...]:
@@ -183,6 +190,11 @@ class Store:
         """Return the portrait of everything imported so far."""
         with self._reading() as db:
             return past(db)
+
+    def freshness(self) -> dict[str, Freshness]:
+        """Return, by origin, how fresh what came from it is."""
+        with self._reading() as db:
+            return freshness(db)
 
     def quarantined(self) -> pd.DataFrame:
         """Return every quarantined row (canonical columns and `rule`), for the hospital's own eyes."""

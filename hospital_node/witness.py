@@ -80,7 +80,12 @@ def _answer(node: NodeFolder, task: CosignTask, new: Checkpoint, at_unix: int) -
 
 def last_seen(node: NodeFolder) -> Checkpoint | None:
     """Return the checkpoint this node last cosigned, or None. Raises Tampered."""
-    seen = _seen(node.witness_json)
+    return last_seen_of(node.path)
+
+
+def last_seen_of(home: Path) -> Checkpoint | None:
+    """Return the checkpoint that the node of this folder last cosigned, or None. Raises Tampered."""
+    seen = _seen(home / "witness.json")
     return None if seen is None else Checkpoint(seen.origin, seen.size, seen.root_hex)
 
 

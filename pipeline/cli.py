@@ -15,7 +15,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from data_schemas.errors import BadInput, IsletError
-from pipeline import cli_anchor, cli_deploy, cli_federation, cli_governance, cli_models
+from pipeline import (
+    cli_anchor,
+    cli_deploy,
+    cli_federation,
+    cli_governance,
+    cli_models,
+    cli_participation,
+)
 from pipeline.cli_node import NodePath, make_node, node, say
 
 if TYPE_CHECKING:
@@ -40,6 +47,7 @@ cli_federation.register(ledger)
 cli_governance.register(app, aggregator)
 cli_deploy.register(aggregator, node)
 cli_models.register(app)
+cli_participation.register(node)
 
 AggregatorPath = Annotated[Path, typer.Argument(metavar="AGGREGATOR", help="The aggregator's folder.")]
 NodePaths = Annotated[list[Path], typer.Option("--node", help="A node folder on this machine; repeat for each.")]
@@ -141,6 +149,9 @@ def node_key(
     path: NodePath,
     patient: Annotated[str, typer.Option(help="Pseudonym the key may ask about; 'all' for every patient.")] = "all",
     writes: Annotated[bool, typer.Option("--writes", help="The key may also add readings.")] = False,
+    operator: Annotated[
+        bool, typer.Option("--operator", help="The key may also pause the node, or leave the federation.")
+    ] = False,
     listed: Annotated[bool, typer.Option("--list", help="List the keys by id; make none.")] = False,
     revoke: Annotated[str | None, typer.Option(metavar="ID", help="Revoke a key by its id; make none.")] = None,
 ) -> None:
@@ -155,9 +166,10 @@ def node_key(
         say(f"revoked key {revoke}; a running endpoint refuses it from its next request on")
     elif listed:
         for key in read_keys(path):
-            say(f"{key.key_id}  {key.created_at:%Y-%m-%d %H:%M}  {'writes' if key.writes else 'reads '}  {key.scope}")
+            may = "operates" if key.operates else "writes" if key.writes else "reads"
+            say(f"{key.key_id}  {key.created_at:%Y-%m-%d %H:%M}  {may:<8}  {key.scope}")
     else:
-        say(create_key(path, patient, time.time(), writes=writes)[1])
+        say(create_key(path, patient, time.time(), writes=writes, operates=operator)[1])
 
 
 @node.command("serve")
@@ -165,6 +177,9 @@ def node_serve(
     path: NodePath,
     model: Annotated[
         Path | None, typer.Option(help="Folder of an exported model; only for a node that follows no ledger.")
+    ] = None,
+    challenger: Annotated[
+        Path | None, typer.Option(help="Folder of another model, to be compared on the clinic's page.")
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = 8080,
@@ -174,7 +189,14 @@ def node_serve(
 
     if not (path / "node.toml").exists():
         raise BadInput(f"{path} is not a node folder", "make one with `islet node init`")
-    serve(path, model, host, port, ready=lambda running: say(f"serving forecasts at {running.url}"))
+    serve(
+        path,
+        model,
+        host,
+        port,
+        ready=lambda running: say(f"serving forecasts at {running.url}"),
+        challenger=challenger,
+    )
 
 
 # --- aggregator -------------------------------------------------------------------------------------------------

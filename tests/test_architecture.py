@@ -34,6 +34,7 @@ DOORS = {
         "hospital_node/forecast_routes.py",
         "hospital_node/page_routes.py",
         "hospital_node/reading_routes.py",
+        "hospital_node/switch_routes.py",
     },
     "jwt": {"hospital_node/tokens.py"},
     "sklearn": {"pipeline/baselines.py"},

@@ -91,7 +91,7 @@ class Visit:
         self.page.set_default_timeout(20_000)
         self.page.on("console", lambda message: self._said(message.type, message.text))
         self.page.on("pageerror", lambda error: self.errors.append(f"script: {error}"))
-        self.page.on("requestfailed", lambda request: self.errors.append(f"failed: {request.url}"))
+        self.page.on("requestfailed", lambda request: self._failed(request.url, request.failure or ""))
         self.page.on("response", self._answered)
         self.page.on("request", lambda request: self._asked(request.url))
 
@@ -124,6 +124,11 @@ class Visit:
         # Chromium reports an expected refusal on the console too.
         if kind in {"error", "warning"} and not any(f"status of {status}" in text for status in self.expected):
             self.errors.append(f"console {kind}: {text}")
+
+    def _failed(self, url: str, why: str) -> None:
+        # A request that turned into a download, or that a newer one replaced, is aborted by the browser itself.
+        if why != "net::ERR_ABORTED":
+            self.errors.append(f"failed: {url} {why}")
 
     def _asked(self, url: str) -> None:
         if urlsplit(url).scheme not in {"data", "blob"} and not url.startswith(self._site):

@@ -64,13 +64,14 @@ def shared_model() -> Path:
 def make(
     place: Path, *, patients: int = 3, hours: int = 12, now: float = NOW, limit: RateLimit | None = None
 ) -> Served:
-    """Make a node with keys `all`, `one` (PERSON, read), `writer` (PERSON) and `collector` (everybody, write)."""
+    """Make a node with keys `all`, `operator`, `one` (PERSON, reads), `writer` (PERSON), `collector` (all, writes)."""
     home = small_node.make_node(place / "node")
     small_node.fill(home, patients=patients, hours=hours)
     secrets = {
         "all": create_key(home, "all", now)[1],
         "one": create_key(home, PERSON, now)[1],
         "writer": create_key(home, PERSON, now, writes=True)[1],
+        "operator": create_key(home, "all", now, operates=True)[1],
         "collector": create_key(home, "all", now, writes=True)[1],
     }
     app = create_app(home, shared_model(), lambda: now, limit or RateLimit(10**6, 10**6))

@@ -79,3 +79,11 @@ def test_misuse_says_what_to_do(home: Path, tmp_path_factory: pytest.TempPathFac
     with pytest.raises(BadInput, match="damaged") as caught:
         read_keys(home)
     assert caught.value.hint
+
+
+def test_only_a_key_for_everybody_operates_the_node(home: Path) -> None:
+    """A patient's key can never pause the node or leave the federation."""
+    with pytest.raises(BadInput, match="for all patients"):
+        create_key(home, "0123456789abcdef", NOW, operates=True)
+    assert create_key(home, ALL_PATIENTS, NOW, operates=True)[0].operates
+    assert not create_key(home, ALL_PATIENTS, NOW, writes=True)[0].operates

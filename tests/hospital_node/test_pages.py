@@ -13,6 +13,7 @@ import pytest
 from data_schemas.plan import PrivacyEvent
 from data_schemas.units import RESEARCH_LABEL
 from hospital_node.folder import NodeFolder
+from hospital_node.participation import participation
 from hospital_node.profile import profile
 from tests.hospital_node import serving_node
 from tests.hospital_node.serving_node import NOW, OTHER, PERSON, Served
@@ -51,16 +52,16 @@ def test_clinic_page_tells_the_nodes_state(served: Served) -> None:
     """Round, model, freshness, counts, budget with rounds left, and who asked, on one page."""
     text = signed_in(served, "all").client.get("/").text
     for words in (
-        "Node north",
+        "<h1>north</h1>",
         "01 Jan 10:00",
         "version 7",
         "3 min ago",
-        "3 of 3",
+        "3 of 3 patients",
         "Privacy budget",
         "more rounds fit",
     ):
         assert words in text, words
-    assert re.search(r"ε \d\.\d\d of 8 spent", text)
+    assert re.search(r"epsilon \d\.\d\d of 8 spent", text)
     assert "POST /login" in text
     assert RESEARCH_LABEL in text
 
@@ -70,8 +71,8 @@ def test_patient_page_says_it_in_one_sentence(served: Served) -> None:
     text = signed_in(served, "one").client.get("/").text
     assert re.search(r"Likely \d+ to \d+ mg/dL at 12:25, 8 in 10\.", text)
     assert "3 min ago" in text
-    assert text.count("<svg") == 3
-    assert "less than 70%: read with care" in text
+    assert text.count('class="chart"') == 2
+    assert "Less than 70% of 14 days" in text
     assert RESEARCH_LABEL in text
     in_mmol = served.client.get(f"/patients/{PERSON}", params={"units": "mmol/L"}).text
     assert re.search(r"Likely \d+\.\d to \d+\.\d mmol/L", in_mmol)
@@ -97,20 +98,53 @@ def test_pages_need_a_session_of_the_right_scope(served: Served) -> None:
     signed_in(served, "one")
     assert served.client.get(f"/patients/{OTHER}").status_code == 403
     assert "Who asked for what" not in served.client.get("/").text
-    served.client.post("/logout")
+    assert served.client.post("/logout").status_code == 403
+    assert served.client.post("/logout", data={"form_token": token(served)}).status_code == 200
     assert "Sign in" in served.client.get("/").text
 
 
-def test_pages_run_no_script_and_load_nothing_from_elsewhere(served: Served) -> None:
-    """The policy forbids scripts, frames and other hosts; no page holds a script, inline style or foreign address."""
+def token(served: Served) -> str:
+    """Return the token that the forms of this session carry."""
+    found = re.search(r'name="form_token" value="([^"]{40,})"', served.client.get("/").text)
+    assert found
+    return found[1]
+
+
+def test_pages_load_nothing_from_elsewhere(served: Served) -> None:
+    """The policy names this node alone; no page holds a script, a style or an address of its own making."""
     signed_in(served, "all")
     for path in ("/", f"/patients/{PERSON}", "/docs"):
         answer = served.client.get(path)
         policy = answer.headers["content-security-policy"]
         assert "default-src 'none'" in policy
         assert "unsafe" not in policy
-        assert not re.search(r"<script|\sstyle=|\son\w+=|https?://", answer.text), path
+        assert re.findall(r"<script[^>]*>", answer.text) == ['<script src="/static/islet.js" defer>'], path
+        assert not re.search(r"\sstyle=|\son\w+=|https?://", answer.text), path
     assert served.client.get("/static/islet.css").headers["content-type"].startswith("text/css")
+    assert served.client.get("/static/islet.js").headers["content-type"].startswith("text/javascript")
+    assert served.client.get("/static/..%2Fpages.py").status_code == 404
+
+
+def test_the_switch_needs_an_operators_key_and_a_form_of_ours(served: Served) -> None:
+    """Without the session's token, from another site, or with a key that only looks, the switch stays as it is."""
+    signed_in(served, "all")
+    mine = {"form_token": token(served), "turn": "pause"}
+    assert served.client.post("/participation", data=mine).status_code == 403
+    assert served.client.get("/leave").status_code == 403
+    signed_in(served, "operator")
+    mine = {"form_token": token(served), "turn": "pause", "confirm": "north"}
+    for path in ("/participation", "/leave"):
+        assert served.client.post(path, data={**mine, "form_token": "x" * 43}).status_code == 403
+        assert served.client.post(path, data={"turn": "pause", "confirm": "north"}).status_code == 403
+        foreign = {"Sec-Fetch-Site": "cross-site"}
+        assert served.client.post(path, data=mine, headers=foreign).status_code == 403
+    assert participation(served.home).state == "taking part"
+    assert served.client.post("/participation", data=mine).status_code == 200
+    assert participation(served.home).state == "paused"
+    assert ">paused</span>" in served.client.get("/").text
+    served.client.post("/participation", data={**mine, "turn": "resume"})
+    assert participation(served.home).state == "taking part"
+    assert served.client.get("/leaving.json").status_code == 404
 
 
 def test_api_page_shows_every_operation(served: Served) -> None:

@@ -4,10 +4,11 @@ import hashlib
 import os
 import resource
 import signal
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -113,6 +114,25 @@ def test_readings_known_from_another_file_are_duplicates_and_contradictions_are_
         {"already-stored": 1},
     )
     assert store.readings("p")["glucose_mg_dl"].tolist() == [100.0, 101.0, 102.0]
+
+
+def test_freshness_is_told_by_origin(tmp_path: Path) -> None:
+    """Each origin has its newest reading, files and readings; an older store without origins answers nothing."""
+    store = Store(tmp_path)
+    for origin, source, minute in (("exports", "a", 0), ("exports", "b", 35), ("apps", "c", 20)):
+        good = frame(("p", minute, 100.0), ("q", minute, 100.0), source=source)
+        store.add(
+            ValidReadings(good), frame().assign(rule=""), QualityReport(2, 2, {}, {}, {}, 2), [source * 64], origin
+        )
+    start = int(pd.Timestamp("2024-05-01", tz="UTC").timestamp())
+    found = Store(tmp_path).freshness()
+    assert {name: (f.newest_s - start, f.files, f.readings) for name, f in found.items()} == {
+        "exports": (35 * 60, 2, 4),
+        "apps": (20 * 60, 1, 2),
+    }
+    with closing(sqlite3.connect(tmp_path / "catalogue.db")) as db, db:
+        db.execute("DROP TABLE origins")
+    assert Store(tmp_path).freshness() == {}
 
 
 def test_no_identity_of_any_site_is_in_the_store(tmp_path: Path) -> None:
