@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow browser deployment postgresql faults lint bench audit recompute coverage openapi contract lock clean fuzz anchor
+.PHONY: demo test test-slow browser deployment postgresql faults lint bench audit recompute coverage openapi contract lock clean fuzz anchor containers
 
 .venv/installed: pyproject.toml requirements.lock
 	$(PYTHON) -m venv .venv
@@ -31,6 +31,10 @@ deployment: .venv/installed
 # Two hundred rounds under random faults, from a seed: kills, lost and late messages, full disks, spoilt checkpoints.
 faults: .venv/installed
 	$(BIN)/python -m tests.faults --rounds 200 --seed 1
+
+# The same in containers: builds the images (BASE, NGINX and PODMAN_BUILD_OPTIONS say from what) and runs them.
+containers: .venv/installed
+	PYTHON=$(BIN)/python deploy/containers.sh
 
 # MLflow's records in a real PostgreSQL server; on Debian `apt-get install postgresql`.
 postgresql: .venv/installed

@@ -49,7 +49,15 @@ def write_plan(path: Path, rounds: int) -> Path:
     return path
 
 
-def islet(folder: Path, *arguments: str, timeout: float = 240) -> tuple[int, str]:
+def be_patient(hub: Path) -> None:
+    """Allow minutes for every message: a process starts for each, and the machine may be busy."""
+    settings = (hub / "aggregator.toml").read_text()
+    for name in ("hello_timeout_s", "cosign_timeout_s"):
+        settings = re.sub(rf"^{name} = .*$", f"{name} = 400.0", settings, flags=re.M)
+    (hub / "aggregator.toml").write_text(settings)
+
+
+def islet(folder: Path, *arguments: str, timeout: float = 900) -> tuple[int, str]:
     """Run one command; its exit code and output."""
     done = subprocess.run(
         [*ISLET, *arguments], cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout, check=False
@@ -70,6 +78,7 @@ class RealFederation:
         options = ("--federation", "trial", "--plan", str(plan), "--port", str(free_ports()))
         code, text = islet(self.path, "aggregator", "init", "hub", *options)
         assert code == 0, text
+        be_patient(self.path / "hub")
         self.up()
 
     def up(self) -> None:
@@ -111,7 +120,7 @@ class RealFederation:
         """Every line of a log; each is JSON."""
         return [json.loads(line) for line in (self.path / f"{name}.log").read_text().splitlines()]
 
-    def wait_for(self, name: str, text: str, seconds: float = 120) -> None:
+    def wait_for(self, name: str, text: str, seconds: float = 300) -> None:
         """Wait until a log contains a text."""
         end = time.monotonic() + seconds
         while text not in (self.path / f"{name}.log").read_text():
