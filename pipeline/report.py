@@ -38,7 +38,7 @@ NEVER_LEAVES = (
 )
 
 
-_CELL = 13  # columns of the terminal table per model: two values of five characters, each with its mark
+_CELL = 14  # columns of the terminal table per model: two values of five characters, each with its mark
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,9 +184,9 @@ def render_html(data: ReportData) -> str:
 
 
 def render_table(data: ReportData) -> str:
-    """Set the results table for a terminal of 106 columns; * marks the lowest of a row."""
+    """Set the results table for a terminal of 114 columns; * marks the lowest of a row."""
     names = ["hospital (n)", *(f"{row.name} ({row.people})" for row in data.rows)]
-    first = min(max(map(len, names)), 106 - _CELL * len(data.columns))
+    first = min(max(map(len, names)), 114 - _CELL * len(data.columns))
     heads = [f"{'hospital (n)':<{first}.{first}}", *(f"{c.label:>{_CELL}.{_CELL - 1}}" for c in data.columns)]
     units = [" " * first, *(f"{'30     60 ':>{_CELL}}" for _ in data.columns)]
     lines = ["RMSE in mg/dL at 30 and 60 minutes, lower is better; * is the lowest of its row", "".join(heads)]
