@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from benchmarks.darts_peer import receive, send
 from data_schemas.layout import load_layout
 from hospital_node.folder import NodeFolder
 from hospital_node.importing import import_exports
@@ -122,16 +123,14 @@ def fit_peer(python: str, training: Sequence[Windows]) -> Predict:
         raise RuntimeError("the peer has no pipes")
     to_peer, from_peer = peer.stdin, peer.stdout
     pieces = [piece for w in training for piece in on_grid(w.series)]
-    np.save(to_peer, np.concatenate(pieces))
-    np.save(to_peer, np.array([len(p) for p in pieces]))
-    to_peer.flush()
-    np.load(from_peer)
+    send(to_peer, np.concatenate(pieces))
+    send(to_peer, np.array([len(p) for p in pieces]))
+    receive(from_peer)
 
     def forecast(batch: Batch) -> Float32:
         change = batch.x[:, -LAGS:, FEATURES.index("change_from_last")] * _CHANGE_SCALE_MG_DL
-        np.save(to_peer, batch.last[:, None] + change)
-        to_peer.flush()
-        clipped: Float32 = np.clip(np.load(from_peer), 40, 400).astype(np.float32)
+        send(to_peer, batch.last[:, None] + change)
+        clipped: Float32 = np.clip(receive(from_peer), 40, 400).astype(np.float32)
         return clipped
 
     return plain(forecast)

@@ -5,6 +5,7 @@ Arrays come on stdin and go to stdout as .npy: first training values float32[N] 
 the 5-minute grid, answered by the seconds that training took; then histories float32[B,24], answered by float32[B,12].
 """
 
+import io
 import os
 import sys
 import time
@@ -15,6 +16,20 @@ import numpy as np
 
 HISTORY, HORIZONS, EPOCHS = 24, 12, 6
 CENTRE_MG_DL, SCALE_MG_DL = 140.0, 60.0
+
+
+def send(stream: Any, array: Any) -> None:
+    """Write one array to a pipe: its length in bytes, then .npy."""
+    memory = io.BytesIO()
+    np.save(memory, array)
+    stream.write(memory.tell().to_bytes(8, "big") + memory.getvalue())
+    stream.flush()
+
+
+def receive(stream: Any) -> Any:
+    """Read what `send` wrote; None at the end of the stream."""
+    size = stream.read(8)
+    return np.load(io.BytesIO(stream.read(int.from_bytes(size, "big")))) if size else None
 
 
 def train(values: Any, lengths: Any) -> Any:
@@ -59,14 +74,12 @@ def main() -> None:
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     torch.set_num_threads(1)
     source = sys.stdin.buffer
-    values, lengths = np.load(source), np.load(source)
+    values, lengths = receive(source), receive(source)
     started = time.perf_counter()
     model = train(values, lengths)
-    np.save(answers, np.float64(time.perf_counter() - started))
-    answers.flush()
-    while source.peek(1):
-        np.save(answers, forecast(model, np.load(source)).astype(np.float32))
-        answers.flush()
+    send(answers, np.float64(time.perf_counter() - started))
+    while (histories := receive(source)) is not None:
+        send(answers, forecast(model, histories).astype(np.float32))
 
 
 if __name__ == "__main__":
