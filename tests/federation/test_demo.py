@@ -106,7 +106,7 @@ def test_the_commands_agree_about_the_finished_run(finished: tuple[Path, str]) -
     code, verified = islet(folder, "ledger", "verify", "demo-run/aggregator", "--witness", "demo-run/nodes/duke")
     assert code == 0, verified
     assert "arizona" in islet(folder, "aggregator", "status", "demo-run/aggregator")[1]
-    assert len(islet(folder, "ledger", "show", "demo-run/aggregator")[1].splitlines()) == 13
+    assert len(islet(folder, "ledger", "show", "demo-run/aggregator")[1].splitlines()) == 27
     readings = folder / "readings.csv"
     lines = [f"a,2024-01-01T{h:02d}:{m:02d}:00,{100 + m}" for h in range(4) for m in range(0, 60, 5)]
     readings.write_text("\n".join(["patient_id,time,glucose_mg_dl", *lines]) + "\n")

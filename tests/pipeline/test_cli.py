@@ -81,9 +81,9 @@ def test_a_hospital_goes_from_exports_to_an_empty_budget(islet: Run, exports: Pa
 def test_validate_stores_nothing_and_tells_by_its_exit_code(islet: Run, exports: Path, tmp_path: Path) -> None:
     """Clean exports give 0; a row that would be quarantined gives 1; the store stays as it was."""
     make_node(islet, exports)
-    before = state(tmp_path / "duke" / "store")
-
     assert islet("node", "validate", "duke").returncode == 0
+    before = state(tmp_path / "duke" / "store")
+    assert set(before) == {"catalogue.db"}  # an empty one: no segment, so no reading
     victim = sorted(exports.glob("*.csv"))[0]
     victim.write_text(victim.read_text() + "2020-02-24 12:00:00,9.0\n")
     bad = islet("node", "validate", "duke")
