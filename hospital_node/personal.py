@@ -11,6 +11,7 @@ from typing import TypeAlias
 
 import numpy as np
 
+from data_schemas.units import HORIZON_MINUTES, QUANTILES
 from pipeline.adaptation import REFRESH_SECONDS, Adaptation, Past, learned
 from pipeline.forecasting import Float32, Int64, Predictor
 from pipeline.windows import Series, WindowSpec, cut_windows
@@ -56,8 +57,11 @@ def past_of(model: Predictor, time_s: Int64, glucose_mg_dl: Float32, until_s: in
     if len(anchors):
         slot = series.time_s[anchors] // _STRIDE_SECONDS
         anchors = anchors[np.concatenate([[True], np.diff(slot) > 0])]
-    parts = []
-    for at in range(0, max(len(anchors), 1), _BATCH):
+    # ONNX Runtime aborts the process on an empty batch, so a person without a past is never asked about.
+    wide = len(HORIZON_MINUTES)
+    nothing = np.zeros((0, wide), np.float32), np.zeros((0, wide, len(QUANTILES)), np.float32)
+    parts = [Past.of(windows.gather(anchors[:0]), *nothing, np.zeros(0, np.int64))]
+    for at in range(0, len(anchors), _BATCH):
         issued = anchors[at : at + _BATCH]
         batch = windows.gather(issued)
         parts.append(Past.of(batch, *model.predict(batch.x, batch.last), series.time_s[issued]))
