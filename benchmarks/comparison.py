@@ -32,14 +32,14 @@ from pipeline.comparison import POOLED_FIT
 from pipeline.demo import EXPORTS, FEDERATION, HELDOUT_FRACTION, PLAN, SITES, windows_of_nodes
 from pipeline.evaluation import EventScore, evaluate
 from pipeline.fitting import fit
-from pipeline.forecaster import RESIDUAL_SCALE_MG_DL, predict, unflatten
+from pipeline.forecaster import predict, unflatten
 from pipeline.noise import SeededNoise
 from pipeline.plans import load_plan
 from pipeline.private_training import LocalPlan, train_steps
 from pipeline.scorecard import plain
 from pipeline.scored import Predict, Scored, concat, personalised, score_windows
 from pipeline.warm_start import SPEC, WINDOWS, load
-from pipeline.windows import _CHANGE_SCALE_MG_DL, FEATURES, Batch, Float32, Series, Windows
+from pipeline.windows import _CHANGE_SCALE_MG_DL, FEATURES, RESIDUAL_SCALE_MG_DL, Batch, Float32, Series, Windows
 
 LSTM_UNITS, LSTM_STEPS = 64, 1500
 CALLS = 200

@@ -87,8 +87,7 @@ def add_nightscout_routes(app: FastAPI, services: Services) -> None:
         who = _patient(request, caller, patient)
         times, values = await services.stored(who)
         try:
-            adaptation = await services.adaptation(who, (times, values))
-            made: Forecast | NoForecast = services.forecast((times, values), "mg/dL", adaptation=adaptation)
+            made: Forecast | NoForecast = await services.personal_forecast(who, (times, values), "mg/dL")
         except Declined as error:
             made = error.reason
         return JSONResponse(nightscout.device_status(made, float(values[-1]), services.clock()))
@@ -128,8 +127,7 @@ def add_fhir_routes(app: FastAPI, services: Services) -> None:
         if code.rpartition("|")[2] == fhir_out.READING_CODE:
             found = fhir_out.newest(patient, times, values, count)
         else:
-            adaptation = await services.adaptation(patient, (times, values))
-            made = or_declined(services.forecast((times, values), "mg/dL", adaptation=adaptation))
+            made = or_declined(await services.personal_forecast(patient, (times, values), "mg/dL"))
             found = [fhir_out.forecast(patient, made)]
         return FhirResponse(fhir_out.bundle(found, _base(request)))
 

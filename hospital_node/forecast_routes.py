@@ -98,8 +98,9 @@ def add_forecast_routes(app: FastAPI, services: Services) -> None:
         if as_of_s is not None and as_of_s > services.clock():
             raise HTTPException(409, "`as_of` must not lie in the future.")
         readings = await services.stored(pseudonym)
-        adaptation = None if plain else await services.adaptation(pseudonym, readings, as_of_s)
-        return json_answer(or_declined(services.forecast(readings, units, as_of_s=as_of_s, adaptation=adaptation)))
+        if plain:
+            return json_answer(or_declined(services.forecast(readings, units, as_of_s=as_of_s)))
+        return json_answer(or_declined(await services.personal_forecast(pseudonym, readings, units, as_of_s)))
 
 
 def add_status_routes(app: FastAPI, services: Services) -> None:

@@ -94,8 +94,7 @@ def add_page_routes(app: FastAPI, services: Services) -> None:
         model = services.served.find()
         made: Forecast | NoForecast = NoForecast.NO_MODEL
         if model is not None:
-            adaptation = await services.adaptation(pseudonym, (times, values))
-            made = services.forecast((times, values), units, adaptation=adaptation)
+            made = await services.personal_forecast(pseudonym, (times, values), units)
         shown = await run_in_threadpool(
             pages.patient_page, pseudonym, times, values, made, model, now_s, units, pages.zone_of(settings)
         )

@@ -11,8 +11,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from data_schemas.units import HORIZON_MINUTES, QUANTILES
-from pipeline.adaptation import REFRESH_SECONDS, Adaptation, Past, learned
+from pipeline.adaptation import REFRESH_SECONDS, Adaptation, Past, learned, past_of
 from pipeline.forecasting import Float32, Int64, Predictor
 from pipeline.windows import Series, WindowSpec, cut_windows
 
@@ -21,7 +20,6 @@ LOOK_BACK_SECONDS = 90 * 24 * 3600
 # Forecasts are looked back on at every third reading of a five-minute sensor: those between tell the same.
 _STRIDE_SECONDS = 14 * 60
 _MOST_KEPT = 10_000
-_BATCH = 4096
 _Key: TypeAlias = tuple[str, str, int]
 
 
@@ -40,7 +38,7 @@ class PersonalAdaptations:
     def learn(self, model: Predictor, pseudonym: str, readings: tuple[Int64, Float32], moment_s: float) -> Adaptation:
         """Work it out from the person's readings (epoch seconds, mg/dL, in order of time): a part of a second."""
         key = _key(model, pseudonym, moment_s)
-        adaptation = learned(past_of(model, *readings, key[2] * REFRESH_SECONDS), moment_s)
+        adaptation = learned(recent_past(model, *readings, key[2] * REFRESH_SECONDS), moment_s)
         with self._lock:
             self._kept[key] = adaptation
             while len(self._kept) > _MOST_KEPT:
@@ -48,7 +46,7 @@ class PersonalAdaptations:
         return adaptation
 
 
-def past_of(model: Predictor, time_s: Int64, glucose_mg_dl: Float32, until_s: int) -> Past:
+def recent_past(model: Predictor, time_s: Int64, glucose_mg_dl: Float32, until_s: int) -> Past:
     """A person's forecasts of the 90 days before `until_s`, about four an hour, with what happened by then."""
     rows = slice(*np.searchsorted(time_s, [until_s - LOOK_BACK_SECONDS, until_s]))
     series = Series(("one",), np.array([0, rows.stop - rows.start]), time_s[rows], glucose_mg_dl[rows])
@@ -57,15 +55,7 @@ def past_of(model: Predictor, time_s: Int64, glucose_mg_dl: Float32, until_s: in
     if len(anchors):
         slot = series.time_s[anchors] // _STRIDE_SECONDS
         anchors = anchors[np.concatenate([[True], np.diff(slot) > 0])]
-    # ONNX Runtime aborts the process on an empty batch, so a person without a past is never asked about.
-    wide = len(HORIZON_MINUTES)
-    nothing = np.zeros((0, wide), np.float32), np.zeros((0, wide, len(QUANTILES)), np.float32)
-    parts = [Past.of(windows.gather(anchors[:0]), *nothing, np.zeros(0, np.int64))]
-    for at in range(0, len(anchors), _BATCH):
-        issued = anchors[at : at + _BATCH]
-        batch = windows.gather(issued)
-        parts.append(Past.of(batch, *model.predict(batch.x, batch.last), series.time_s[issued]))
-    return Past.joined(parts)
+    return past_of(windows, anchors, model.predict)
 
 
 def _key(model: Predictor, pseudonym: str, moment_s: float) -> _Key:

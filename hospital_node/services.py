@@ -57,15 +57,15 @@ class Services:
             return self.held.readings(pseudonym)
         return await run_in_threadpool(self.held.readings, pseudonym)
 
-    async def adaptation(
-        self, pseudonym: str, readings: tuple[Int64, Float32], moment_s: float | None = None
-    ) -> Adaptation:
-        """Return what the person's own past corrects at a moment (epoch seconds; None is now). May decline."""
-        model, moment = self.served.model(), self.clock() if moment_s is None else moment_s
-        kept = self.personal.kept(model, pseudonym, moment)
-        if kept is not None:
-            return kept
-        return await run_in_threadpool(self.personal.learn, model, pseudonym, readings, moment)
+    async def personal_forecast(
+        self, pseudonym: str, readings: tuple[Int64, Float32], units: GlucoseUnit, as_of_s: float | None = None
+    ) -> Forecast | NoForecast:
+        """Forecast from a person's stored readings, corrected from that person's own past. May decline."""
+        model, moment = self.served.model(), self.clock() if as_of_s is None else as_of_s
+        adaptation = self.personal.kept(model, pseudonym, moment)
+        if adaptation is None:
+            adaptation = await run_in_threadpool(self.personal.learn, model, pseudonym, readings, moment)
+        return self.forecast(readings, units, as_of_s=as_of_s, adaptation=adaptation)
 
     def forecast(
         self,

@@ -49,8 +49,7 @@ async def _state(services: Services, patient: str, units: GlucoseUnit) -> tuple[
     """Return event name, data and id of the present forecast or of the reason why there is none."""
     try:
         time_s, glucose = await services.stored(patient)
-        adaptation = await services.adaptation(patient, (time_s, glucose))
-        made = services.forecast((time_s, glucose), units, adaptation=adaptation)
+        made = await services.personal_forecast(patient, (time_s, glucose), units)
     except Declined as error:
         return "no-forecast", no_forecast(error.reason).model_dump(mode="json", exclude_defaults=True), error.reason
     if isinstance(made, Forecast):

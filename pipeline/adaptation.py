@@ -11,7 +11,7 @@ and tells nobody about anybody else. Nothing is learned from a forecast that is 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TypeAlias
@@ -20,9 +20,10 @@ import numpy as np
 import numpy.typing as npt
 
 from data_schemas.units import HORIZON_MINUTES, QUANTILES, SENSOR_MAX_MG_DL, SENSOR_MIN_MG_DL
-from pipeline.windows import FEATURES, Batch, Bool, Float32, Int64
+from pipeline.windows import FEATURES, RESIDUAL_SCALE_MG_DL, Batch, Bool, Float32, Int64, Windows
 
 Float64: TypeAlias = npt.NDArray[np.float64]
+Predict: TypeAlias = Callable[[Float32, Float32], tuple[Float32, Float32]]
 
 # Corrections are fitted at these horizons, where 15-minute sensors have readings too; straight lines lie between.
 KNOT_MINUTES = (15, 30, 45, 60)
@@ -42,11 +43,12 @@ _LEAST_HALF_WIDTH_MG_DL = 0.5
 # After this the outcome of a forecast is known at all horizons.
 _KNOWN_AFTER_SECONDS = HORIZON_MINUTES[-1] * 60 + 150
 _DAY_SECONDS = 86_400
+_BATCH = 4096
 _K = len(KNOT_MINUTES)
 _KNOTS = np.array([HORIZON_MINUTES.index(m) for m in KNOT_MINUTES])
 # From the knots to all horizons, float64[12,K]: straight lines that start at nothing at the issue reading.
 _SPREAD_OUT = np.stack([np.interp(HORIZON_MINUTES, (0, *KNOT_MINUTES), (0, *row)) for row in np.eye(_K)], axis=1)
-_SCALE_MG_DL = 8.0 * np.sqrt(np.array(KNOT_MINUTES) / 5.0)
+_SCALE_MG_DL = np.array(RESIDUAL_SCALE_MG_DL)[_KNOTS]
 _CHANGE, _LEVEL = FEATURES.index("change_from_last"), FEATURES.index("level")
 _DAY = [FEATURES.index(name) for name in ("day_mean", "day_spread", "day_covered")]
 _LOW, _MEDIAN, _HIGH = (QUANTILES.index(q) for q in (0.25, 0.5, 0.75))
@@ -167,6 +169,15 @@ def inputs_of(x: Float32, last: Float32, forecast: Float32, time_s: Int64) -> Fl
         np.sin(turn) * fade,
     )
     return np.concatenate(columns, axis=1, dtype=np.float64)
+
+
+def past_of(windows: Windows, anchors: Int64, predict: Predict) -> Past:
+    """One person's past at these rows of the series, in order of time; predict is asked about a part at a time."""
+    parts = []
+    for issued in np.split(anchors, range(_BATCH, len(anchors), _BATCH)):
+        batch = windows.gather(issued)
+        parts.append(Past.of(batch, *predict(batch.x, batch.last), windows.series.time_s[issued]))
+    return Past.joined(parts)
 
 
 def replayed(past: Past) -> tuple[Float32, Float32]:

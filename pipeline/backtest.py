@@ -32,14 +32,13 @@ import numpy as np
 from data_schemas.errors import BadInput, StorageFailed
 from data_schemas.plan import ModelSpec
 from data_schemas.units import GRID_MINUTES, HORIZON_MINUTES
-from pipeline.adaptation import Past, replayed
+from pipeline.adaptation import past_of, replayed
 from pipeline.readings_csv import ROW, Int64, Rows, Spool, spool_readings
 from pipeline.windows import Float32, Series, Windows, WindowSpec, cut_windows
 
 COLUMNS = ("patient_id", "issued_at", "horizon_minutes", "forecast_mg_dl", "p05", "p25", "p50", "p75", "p95")
 GROUP_READINGS = 1_000_000
 JITTER_SECONDS = 150
-_BATCH = 4096
 _MAX_GROUPS = 128
 _READING_SHARE = 0.3  # of the work, for the progress
 
@@ -196,11 +195,7 @@ def _due(windows: Windows, stride_minutes: int) -> list[Int64]:
 
 def _forecast(windows: Windows, due: Int64, predictor: Predictor, personal: bool) -> tuple[Float32, Float32]:
     """Forecast [B,12] and quantiles [B,12,5] in mg/dL at one person's issue readings, in order of time."""
-    parts = [
-        Past.of(batch, *predictor.predict(batch.x, batch.last), windows.series.time_s[rows])
-        for rows, batch in ((rows, windows.gather(rows)) for rows in np.split(due, range(_BATCH, len(due), _BATCH)))
-    ]
-    past = Past.joined(parts)
+    past = past_of(windows, due, predictor.predict)
     return replayed(past) if personal else (past.forecast, past.quantiles)
 
 

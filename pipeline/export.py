@@ -209,6 +209,9 @@ def _session(onnx_bytes: bytes, threads: int) -> Any:
 
 
 def _run(session: Any, x: Float32, last: Float32) -> tuple[Float32, Float32]:
+    if not len(x):  # ONNX Runtime's LSTM ends the process on an empty batch
+        shape = (0, len(HORIZON_MINUTES))
+        return np.empty(shape, np.float32), np.empty((*shape, len(QUANTILES)), np.float32)
     inputs = {"x": np.ascontiguousarray(x, np.float32), "last": np.ascontiguousarray(last, np.float32)}
     forecast, quantiles = session.run(["forecast", "quantiles"], inputs)
     # Both come as float32 of these shapes; checked all the same, because everything behind here relies on it.

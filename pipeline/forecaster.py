@@ -17,15 +17,13 @@ from torch.nn import functional
 from data_schemas.units import HORIZON_MINUTES, QUANTILES, SENSOR_MAX_MG_DL, SENSOR_MIN_MG_DL
 from pipeline.book_keeping import Book
 from pipeline.gate_tap import GateTap, last_hidden, last_hidden_recorded
-from pipeline.windows import FEATURES, SPREAD_SCALE_MG_DL
+from pipeline.windows import FEATURES, RESIDUAL_SCALE_MG_DL, SPREAD_SCALE_MG_DL
 
 HORIZONS = len(HORIZON_MINUTES)
 _MEDIAN = QUANTILES.index(0.50)
 _SPREAD_CHANNEL = FEATURES.index("day_spread")
 _GATE_CENTRE_MG_DL = 32.0
 _GATE_WIDTH_MG_DL = 4.0
-# Typical absolute change, in mg/dL, after 5, 10, ... 60 minutes: outputs of the heads are in units of it.
-RESIDUAL_SCALE_MG_DL = tuple(8.0 * math.sqrt(h / 5.0) for h in HORIZON_MINUTES)
 
 
 @dataclass(frozen=True, slots=True)

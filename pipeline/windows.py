@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from data_schemas.units import GRID_MINUTES, SENSOR_MAX_MG_DL, SENSOR_MIN_MG_DL
+from data_schemas.units import GRID_MINUTES, HORIZON_MINUTES, SENSOR_MAX_MG_DL, SENSOR_MIN_MG_DL
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -44,6 +44,7 @@ _LEVEL_SCALE_MG_DL = 60.0
 _STEP_SCALE_MG_DL = 10.0
 _AGE_SCALE_MINUTES = 15.0
 SPREAD_SCALE_MG_DL = 40.0
+RESIDUAL_SCALE_MG_DL = tuple(8.0 * math.sqrt(h / 5.0) for h in HORIZON_MINUTES)  # typical change after 5..60 minutes
 _DAY_SECONDS = 24 * 3600
 # A series may be larger than the memory: it is looked at in blocks of patients of about this many readings.
 _BLOCK_READINGS = 1 << 15

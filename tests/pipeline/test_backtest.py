@@ -13,6 +13,7 @@ import pytest
 
 from data_schemas.errors import BadInput, StorageFailed
 from data_schemas.plan import ModelSpec
+from pipeline import adaptation
 from pipeline import backtest as module
 from pipeline.backtest import COLUMNS, backtest
 
@@ -143,7 +144,7 @@ def test_small_groups_give_the_same_file(tmp_path: Path, monkeypatch: pytest.Mon
     run(tmp_path, frame)
     whole = (tmp_path / "out.csv").read_bytes()
     monkeypatch.setattr(module, "GROUP_READINGS", 150)
-    monkeypatch.setattr(module, "_BATCH", 7)
+    monkeypatch.setattr(adaptation, "_BATCH", 7)
     run(tmp_path, frame)
     assert (tmp_path / "out.csv").read_bytes() == whole
 

@@ -75,6 +75,16 @@ def test_served_forecast_is_torchs_forecast(sealed: Path, weights: Float32, size
     assert (np.diff(quantiles, axis=2) >= 0).all()
 
 
+def test_an_empty_batch_gets_an_empty_answer(sealed: Path) -> None:
+    """Nobody's windows give nobody's forecasts; ONNX Runtime itself would end the process."""
+    forecast, quantiles = load_model(sealed).predict(
+        np.zeros((0, STEPS, CHANNELS), np.float32), np.zeros(0, np.float32)
+    )
+    assert forecast.shape == (0, 12)
+    assert quantiles.shape == (0, 12, 5)
+    assert forecast.dtype == quantiles.dtype == np.float32
+
+
 def test_loaded_model_carries_weights_card_and_hash(sealed: Path, weights: Float32) -> None:
     """What was written comes back: the flat weights, their hash and the card."""
     model = load_model(sealed)
