@@ -12,8 +12,9 @@ BIN := .venv/bin
 demo: .venv/installed
 	$(BIN)/islet demo
 
+# In two processes, a file of tests to one of them: its fixtures (a finished demo, a built node) are made once.
 test: .venv/installed
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile
 
 # The long drills: every kill point of a round, every disk fault of the ledger.
 test-slow: .venv/installed
