@@ -56,8 +56,14 @@ openapi: .venv/installed
 contract: .venv/installed
 	$(BIN)/python -m tests.hospital_node.contract
 
-bench: .venv/installed
-	$(BIN)/python -m benchmarks
+# What training costs, in twenty minutes or so. jax_privacy wants older packages than ours, so it lives by itself.
+bench: .venv/installed .venv-jax/installed
+	$(BIN)/python -m benchmarks --jax .venv-jax/bin/python
+
+.venv-jax/installed:
+	$(PYTHON) -m venv .venv-jax
+	.venv-jax/bin/pip install --quiet --disable-pip-version-check jax-privacy==2.0.0 jax==0.10.2
+	touch $@
 
 # Canary patients on the real training path and on planted bugs: a table, and a picture in audit-run/.
 audit: .venv/installed
@@ -110,4 +116,4 @@ lock:
 	rm -rf .venv-lock
 
 clean:
-	rm -rf .venv .venv-fuzz .venv-recompute build dist *.egg-info demo-run audit-run browser-shots .coverage
+	rm -rf .venv .venv-fuzz .venv-jax .venv-recompute build dist *.egg-info demo-run audit-run browser-shots .coverage

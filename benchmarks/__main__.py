@@ -1,9 +1,20 @@
-"""All of it: `python -m benchmarks [--quick]`. A published peer: `python -m benchmarks.comparison --peer PYTHON`."""
+"""All of docs/performance.md: `python -m benchmarks [--quick] [--jax PYTHON]`, twenty minutes or so on two cores.
+
+A published peer for the last table: `python -m benchmarks.comparison --peer PYTHON`.
+"""
 
 import sys
+import time
 
 from benchmarks import comparison, local_round, private_step
 
-private_step.main(sys.argv[1:])
-local_round.main([])
-comparison.main([])
+PARTS = (
+    ("1 of 3: the private step", lambda: private_step.main(sys.argv[1:])),
+    ("2 of 3: the whole round", lambda: local_round.main([])),
+    ("3 of 3: other models", lambda: comparison.main([])),
+)
+
+begun = time.monotonic()
+for title, run in PARTS:
+    print(f"\n## {title} (after {(time.monotonic() - begun) / 60:.0f} min)\n", flush=True)
+    run()

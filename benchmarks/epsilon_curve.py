@@ -72,16 +72,17 @@ def line(row: Row) -> str:
 
 def curve(hospitals: Sequence[Hospital], scorer: Scorer, recipe: Recipe) -> list[Row]:
     """Public-only, the plan at every epsilon, and the same LSTM pooled without privacy."""
-    rows = [_fixed("public-only", scorer.errors(scorer.start))]
+    rows = [fixed("public-only", scorer.errors(scorer.start))]
     for epsilon in EPSILONS:
         name = "same plan, no noise" if epsilon is None else f"epsilon {epsilon:g}"
         rows.append(measure(name, hospitals, scorer, replace(recipe, epsilon=epsilon)))
     pooled = fit(scorer.start, scorer.spec, [h.training for h in hospitals], POOLED_FIT)
-    rows.append(_fixed("pooled, not private, all weights", scorer.errors(pooled)))
+    rows.append(fixed("pooled, not private, all weights", scorer.errors(pooled)))
     return rows
 
 
-def _fixed(name: str, errors: Errors) -> Row:
+def fixed(name: str, errors: Errors) -> Row:
+    """Row of a model that was trained once, without privacy."""
     row = {"name": name, "epsilon": None, "noise": 0.0, **summary([errors])}
     print(line(row), flush=True)
     return row

@@ -1,12 +1,19 @@
-"""The step of `benchmarks.private_step` in JAX with jax_privacy: an LSTM by scan, per-patient gradients by vmap."""
+"""The step of `benchmarks.private_step` in JAX with jax_privacy: an LSTM by scan, per-patient gradients by vmap.
+
+It runs in a process and an environment of its own, because jax_privacy wants older packages than ours. Each line on
+standard input asks for one step and is answered with its milliseconds of processor time.
+
+    python -m benchmarks.jax_step [--memory] WINDOWS HIDDEN LAYERS K
+"""
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from benchmarks.private_step import Shape
+from benchmarks.step_shape import CLIP, FEATURES, NOISE, OUTPUTS, STEPS, Shape, extra_megabytes
 
 
 def jax_privacy_step(shape: Shape) -> Callable[[], object]:
@@ -16,12 +23,13 @@ def jax_privacy_step(shape: Shape) -> Callable[[], object]:
     import numpy as np
     from jax_privacy import clipped_grad
 
-    from benchmarks.private_step import CLIP, FEATURES, NOISE, OUTPUTS, data
-
     draw = np.random.default_rng(0)
 
     def uniform(*size: int) -> Any:
         return jnp.asarray(draw.uniform(-1, 1, size) * shape.hidden**-0.5, jnp.float32)
+
+    def normal(*size: int) -> Any:
+        return jnp.asarray(draw.standard_normal(size), jnp.float32)
 
     below = [FEATURES] + [shape.hidden] * (shape.layers - 1)
     layers = [(uniform(4 * shape.hidden, n + shape.hidden), uniform(4 * shape.hidden)) for n in below]
@@ -57,7 +65,7 @@ def jax_privacy_step(shape: Shape) -> Callable[[], object]:
         return params, first, second, keys[0]
 
     zeros = jax.tree.map(jnp.zeros_like, params)
-    x, y = (jnp.asarray(part.transpose(0, 1).contiguous().cpu().numpy()) for part in data(shape))
+    x, y = normal(shape.patients, shape.k, STEPS, FEATURES), normal(shape.patients, shape.k, OUTPUTS)
     state = [params, zeros, zeros, jax.random.key(0)]
 
     def run() -> None:
@@ -65,3 +73,20 @@ def jax_privacy_step(shape: Shape) -> Callable[[], object]:
         jax.block_until_ready(state)
 
     return run
+
+
+def main(arguments: list[str]) -> None:
+    """Answer lines with the time of a step, or print the extra memory of a few."""
+    shape = Shape.of(arguments[-4:])
+    if "--memory" in arguments:
+        print(f"{extra_megabytes(jax_privacy_step, shape):.0f}")
+        return
+    step = jax_privacy_step(shape)
+    for _ in sys.stdin:
+        started = time.process_time()
+        step()
+        print(1e3 * (time.process_time() - started), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -13,18 +13,17 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import torch
-
 ROOT = Path(__file__).parents[1]
 
 
 def interleaved(
-    variants: Mapping[str, Callable[[], object]], *, seconds: float, slow: Sequence[str] = ()
+    variants: Mapping[str, Callable[[], float | None]], *, seconds: float, slow: Sequence[str] = ()
 ) -> dict[str, tuple[float, float]]:
     """Median milliseconds of each variant, and median ratio to the first variant of the same turn.
 
     Every turn runs all variants once, so a slow moment of a shared machine meets them alike. After one turn that
     warms up there are three turns at least, and more for about `seconds`; the variants in `slow` take part in one.
+    A variant that runs in another process returns the milliseconds that it took there; others return None.
     """
     for name, run in variants.items():
         if name not in slow:
@@ -44,16 +43,18 @@ def interleaved(
     }
 
 
-def _milliseconds(run: Callable[[], object]) -> float:
-    if torch.cuda.is_available():
+def _milliseconds(run: Callable[[], float | None]) -> float:
+    import torch
+
+    gpu = torch.cuda.is_available()
+    now = time.perf_counter if gpu else time.process_time
+    if gpu:
         torch.cuda.synchronize()
-        started = time.perf_counter()
-        run()
+    started = now()
+    elsewhere = run()
+    if gpu:
         torch.cuda.synchronize()
-        return 1e3 * (time.perf_counter() - started)
-    started = time.process_time()
-    run()
-    return 1e3 * (time.process_time() - started)
+    return 1e3 * (now() - started) if elsewhere is None else elsewhere
 
 
 def restart_peak() -> float:
@@ -68,9 +69,9 @@ def peak_megabytes() -> float:
     return next(float(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) / 1024
 
 
-def fresh_process(module: str, *arguments: str) -> str:
+def fresh_process(module: str, *arguments: str, python: str = sys.executable) -> str:
     """Last line printed by `python -m module arguments` in a new process; empty where it printed nothing."""
-    command = [sys.executable, "-m", module, *arguments]
+    command = [python, "-m", module, *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(done.stderr)

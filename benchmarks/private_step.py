@@ -3,47 +3,32 @@
 A step is forward, backward and Adam for an LSTM with a linear head on its last hidden state, squared error, 12 outputs.
 A patient has k windows; per-patient clipping takes their mean gradient as one. Where there is a GPU, steps run on it.
 
-    python -m benchmarks.private_step [--quick]
+    python -m benchmarks.private_step [--quick] [--jax PYTHON]
     python -m benchmarks.private_step --memory VARIANT WINDOWS HIDDEN LAYERS K
+
+PYTHON is the interpreter of an environment with jax_privacy, which then takes part in a process of its own.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import subprocess
 import sys
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measuring import fresh_process, interleaved, peak_megabytes, restart_peak, table
+from benchmarks.measuring import ROOT, fresh_process, interleaved, table
+from benchmarks.step_shape import CLIP, FEATURES, NOISE, OUTPUTS, STEPS, Shape, extra_megabytes
 from pipeline.book_keeping import Book, add_clipped_gradients, parts_of
 from pipeline.fitting import training_device
 from pipeline.gate_tap import GateTap, last_hidden_recorded
 from pipeline.noise import SeededNoise
 from pipeline.private_training import PatientOptimizer
 
-STEPS, FEATURES, OUTPUTS = 48, 4, 12
-CLIP, NOISE = 1.0, 1.0
 DEVICE = training_device()
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of one comparison: windows in a batch, hidden size, layers, windows of each patient."""
-
-    windows: int
-    hidden: int
-    layers: int
-    k: int
-
-    @property
-    def patients(self) -> int:
-        """Number of examples that are clipped."""
-        return self.windows // self.k
-
 
 SHAPES = [
     Shape(windows, hidden, layers, k)
@@ -88,7 +73,7 @@ def data(shape: Shape) -> tuple[Tensor, Tensor]:
     )
 
 
-def not_private(shape: Shape) -> Callable[[], object]:
+def not_private(shape: Shape) -> Callable[[], None]:
     """torch.nn.LSTM and a linear head."""
     lstm = nn.LSTM(FEATURES, shape.hidden, shape.layers, batch_first=True).to(DEVICE)
     head = nn.Linear(shape.hidden, OUTPUTS).to(DEVICE)
@@ -103,7 +88,7 @@ def not_private(shape: Shape) -> Callable[[], object]:
     return step
 
 
-def islet(shape: Shape) -> Callable[[], object]:
+def islet(shape: Shape) -> Callable[[], None]:
     """The product's layer with book-keeping, Opacus's optimizer around Adam."""
     model = Stack(shape).to(DEVICE)
     private = PatientOptimizer(
@@ -125,7 +110,7 @@ def islet(shape: Shape) -> Callable[[], object]:
     return step
 
 
-def opacus_dplstm(shape: Shape) -> Callable[[], object]:
+def opacus_dplstm(shape: Shape) -> Callable[[], None]:
     """Opacus's DPLSTM with its hooks; it clips per window, so the windows of a patient are clipped one by one."""
     from opacus import GradSampleModule
     from opacus.layers import DPLSTM
@@ -158,54 +143,53 @@ def opacus_dplstm(shape: Shape) -> Callable[[], object]:
     return step
 
 
-FLOOR, DPLSTM = "nn.LSTM, not private", "Opacus DPLSTM"
+FLOOR, DPLSTM, JAX = "nn.LSTM, not private", "Opacus DPLSTM", "jax_privacy"
 VARIANTS = {FLOOR: not_private, "Islet": islet, DPLSTM: opacus_dplstm}
 
 
-def variants() -> dict[str, Callable[[Shape], Callable[[], object]]]:
-    """What can be measured here."""
-    found = dict(VARIANTS)
-    if importlib.util.find_spec("jax_privacy") is not None:
-        from benchmarks.jax_step import jax_privacy_step
+@contextmanager
+def jax_step(python: str, shape: Shape) -> Iterator[Callable[[], float]]:
+    """Yield jax_privacy's step in a process of `python`: each call is one step, and returns its milliseconds there."""
+    command = [python, "-m", "benchmarks.jax_step", *shape.cells]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as peer:
+        if peer.stdin is None or peer.stdout is None:
+            raise TypeError("the peer has no pipes")
+        ask, answers = peer.stdin, peer.stdout
 
-        found["jax_privacy"] = jax_privacy_step
-    return found
+        def step() -> float:
+            ask.write("\n")
+            ask.flush()
+            return float(answers.readline())
 
-
-def extra_megabytes(name: str, shape: Shape) -> float:
-    """Growth of this process's resident memory at its highest over a few steps; the model counts, libraries do not."""
-    variants()[name](Shape(16, shape.hidden, shape.layers, 1))()  # thread pools and lazy imports are not the step's
-    before = restart_peak()
-    step = variants()[name](shape)
-    for _ in range(3):
-        step()
-    return peak_megabytes() - before
+        yield step
+        ask.close()
 
 
-def speed_rows(shapes: list[Shape], seconds: float) -> None:
+def speed_rows(shapes: list[Shape], seconds: float, jax: str | None) -> None:
     """Print one row a shape: the floor's milliseconds and each other variant's ratio to it.
 
     DPLSTM takes seconds a step: it is measured in one turn, and where k is 16 (k changes nothing for it).
     """
     for shape in shapes:
-        made = {name: make(shape) for name, make in variants().items() if name != DPLSTM or shape.k > 1}
-        got = interleaved(made, seconds=seconds, slow=[DPLSTM])
-        ratios = [f"{got[name][1]:.2f}" if name in got else "-" for name in variants() if name != FLOOR]
+        made: dict[str, Callable[[], float | None]] = {
+            name: make(shape) for name, make in VARIANTS.items() if name != DPLSTM or shape.k > 1
+        }
+        if jax is None:
+            got = interleaved(made, seconds=seconds, slow=[DPLSTM])
+        else:
+            with jax_step(jax, shape) as step:
+                got = interleaved(made | {JAX: step}, seconds=seconds, slow=[DPLSTM])
+        ratios = [f"{got[name][1]:.2f}" if name in got else "-" for name in ("Islet", DPLSTM, JAX)]
         faster = f"{got[DPLSTM][1] / got['Islet'][1]:.0f}" if DPLSTM in got else "-"
-        cells = [*map(str, (shape.windows, shape.hidden, shape.layers, shape.k)), f"{got[FLOOR][0]:.0f}"]
-        print("| " + " | ".join([*cells, *ratios, faster]) + " |", flush=True)
+        print("| " + " | ".join([*shape.cells, f"{got[FLOOR][0]:.0f}", *ratios, faster]) + " |", flush=True)
 
 
-def memory_rows(shapes: list[Shape]) -> None:
+def memory_rows(shapes: list[Shape], jax: str | None) -> None:
     """Print one row a shape: extra megabytes of each variant, each in a process of its own."""
     for shape in shapes:
-        cells = [*map(str, (shape.windows, shape.hidden, shape.layers, shape.k))]
-        print("| " + " | ".join([*cells, *(_measured_memory(name, shape) for name in variants())]) + " |", flush=True)
-
-
-def _measured_memory(name: str, shape: Shape) -> str:
-    sizes = map(str, (shape.windows, shape.hidden, shape.layers, shape.k))
-    return fresh_process("benchmarks.private_step", "--memory", name, *sizes)
+        ours = [fresh_process("benchmarks.private_step", "--memory", name, *shape.cells) for name in VARIANTS]
+        peer = "-" if jax is None else fresh_process("benchmarks.jax_step", "--memory", *shape.cells, python=jax)
+        print("| " + " | ".join([*shape.cells, *ours, peer]) + " |", flush=True)
 
 
 def main(arguments: list[str]) -> None:
@@ -213,21 +197,17 @@ def main(arguments: list[str]) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     if arguments[:1] == ["--memory"]:
-        print(f"{extra_megabytes(arguments[1], Shape(*map(int, arguments[2:]))):.0f}")
+        print(f"{extra_megabytes(VARIANTS[arguments[1]], Shape.of(arguments[2:])):.0f}")
         return
     quick = "--quick" in arguments
+    jax = arguments[arguments.index("--jax") + 1] if "--jax" in arguments else None
     sizes = ["windows", "hidden", "layers", "k"]
-    print(
-        "A training step as a ratio to nn.LSTM without privacy, medians of interleaved turns, one thread\n", flush=True
-    )
-    others = [name for name in variants() if name != FLOOR]
-    print(table([*sizes, "nn.LSTM ms", *others, "times faster than DPLSTM"], []), flush=True)
-    speed_rows(QUICK if quick else SHAPES, 2.0)
-    if "jax_privacy" not in others:
-        print("\njax_privacy: not installed")
+    print("A training step as a ratio to nn.LSTM without privacy, medians of interleaved turns, one thread\n")
+    print(table([*sizes, "nn.LSTM ms", "Islet", DPLSTM, JAX, "times faster than DPLSTM"], []), flush=True)
+    speed_rows(QUICK if quick else SHAPES, 2.0, jax)
     print("\nExtra peak memory of a step in MB, each in a fresh process\n")
-    print(table([*sizes, *variants()], []), flush=True)
-    memory_rows(MEMORY[:2] if quick else MEMORY)
+    print(table([*sizes, *VARIANTS, JAX], []), flush=True)
+    memory_rows(MEMORY[:2] if quick else MEMORY, jax)
 
 
 if __name__ == "__main__":

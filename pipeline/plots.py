@@ -234,7 +234,7 @@ def error_against_epsilon(curve: Sequence[tuple[float, float]], references: Mapp
     axis.set(xlabel="epsilon per patient, delta 1e-5", ylabel="RMSE at 30 min (mg/dL)", xscale="log")
     axis.set_xticks([epsilon for epsilon, _ in curve], [f"{epsilon:g}" for epsilon, _ in curve])
     axis.minorticks_off()
-    axis.legend(loc="upper right")
+    axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=1 + len(references), columnspacing=1.0)
     return _finish("error_against_epsilon", figure)
 
 

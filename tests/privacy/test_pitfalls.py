@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from dataclasses import replace
@@ -101,6 +102,18 @@ def test_unit_of_privacy_a_weaker_unit_is_refused(node: Path) -> None:
         assert opened.budget().spent("training") == 0.0
 
 
+def test_the_relation_is_adding_or_removing_one_person() -> None:
+    """Whoever leaves a cohort takes one clip with them at most; somebody else in their place moves a step by two."""
+    people, bound = cohort(4), PLAN.learning_rate * PLAN.max_grad_norm / 4
+    everybody = moved(people)
+    for gone in range(4):
+        without = moved(only(people, *(p for p in range(4) if p != gone)))
+
+        assert 0.9 * bound < np.linalg.norm(everybody - without) <= bound * (1 + 1e-3)
+    exchanged = moved(only(people, 0, 1, 2)) - moved(only(people, 1, 2, 3))
+    assert np.linalg.norm(exchanged) <= 2 * bound * (1 + 1e-3)
+
+
 def test_sampling_is_poisson_each_person_by_a_coin_of_their_own() -> None:
     """A step takes exactly the people whose own uniform lies below the rate: none, one or all, never a fixed number."""
     people, half = cohort(3), replace(PLAN, sample_rate=0.5)
@@ -159,6 +172,16 @@ def test_smoothing_over_the_horizons_comes_after_the_noise() -> None:
     torch.testing.assert_close(smooth.mean_head.weight, expected, rtol=0, atol=1e-5)
     torch.testing.assert_close(smooth.quantile_head.bias, bias, rtol=0, atol=1e-5)
     assert sources[0].uniform(1) == sources[1].uniform(1)
+
+
+def test_gradients_accumulated_in_parts_get_noise_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sample too large for one pass goes through person by person: same clip for each, one draw of noise for all."""
+    noisy, people, sources = replace(PLAN, noise_multiplier=2.0), cohort(3), [Scripted(noise=1.0), Scripted(noise=1.0)]
+    at_once = moved(people, noisy, source=sources[0])
+    monkeypatch.setattr("pipeline.book_keeping._PART_NUMBERS", 1)
+
+    np.testing.assert_allclose(moved(people, noisy, source=sources[1]), at_once, atol=2e-6)
+    assert sources[0].normals == sources[1].normals
 
 
 def test_every_step_draws_noise_of_its_own() -> None:
@@ -263,6 +286,20 @@ def test_a_plan_that_understates_its_epsilon_is_refused(node: Path) -> None:
 def test_no_noise_is_never_some_privacy() -> None:
     """An event without noise costs infinitely much, so that no ceiling admits it."""
     assert epsilon([PrivacyEvent(sample_rate=0.1, noise_multiplier=0.0, steps=1)], DELTA) == math.inf
+
+
+def test_a_round_leaves_no_loss_and_no_norm_behind(
+    node: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Beside its reply a round writes book, seal, duration and its lock; it prints and logs nothing."""
+    before = {path: path.read_bytes() for path in node.rglob("*") if path.is_file()}
+    with caplog.at_level(logging.INFO):
+        assert not isinstance(train(node, UNSEEDED), Refusal)
+
+    written = {p.name for p in node.rglob("*") if p.is_file() and before.get(p) != p.read_bytes()}
+    assert written == {"budget.db", "budget.head", "last_round.json", "lock"}
+    assert caplog.messages == []
+    assert "".join(capfd.readouterr()) == ""
 
 
 def test_what_is_released_does_not_tell_how_many_people_there_are(tmp_path: Path) -> None:
