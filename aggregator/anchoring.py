@@ -47,8 +47,8 @@ class Record:
         """Take in the next entry."""
         match entry:
             case CreditEntry():
-                for line in entry.lines:
-                    self.balances[line.node] = self.balances.get(line.node, 0) + line.micro_credits
+                for node, micro_credits in entry.earned().items():
+                    self.balances[node] = self.balances.get(node, 0) + micro_credits
             case VoteEntry():
                 self.votes[entry.vote.proposal_hash, entry.vote.node] = _VOTES[entry.vote.approve]
             case DecisionEntry():
@@ -167,8 +167,8 @@ def _calls(contract: Any, path: Path) -> Iterator[tuple[int, Any]]:
     for line in read_entries(path):
         match line.entry:
             case CreditEntry() as paid:
-                names, amounts = [x.node for x in paid.lines], [x.micro_credits for x in paid.lines]
-                yield line.index, ask.credit(line.index, names, amounts)
+                earned = paid.earned()
+                yield line.index, ask.credit(line.index, list(earned), list(earned.values()))
             case VoteEntry() as cast:
                 proposal = bytes.fromhex(cast.vote.proposal_hash)
                 yield line.index, ask.vote(line.index, proposal, cast.vote.node, cast.vote.approve)

@@ -20,6 +20,7 @@ from aggregator.release import find_release
 from data_schemas.canonical import content_hash
 from data_schemas.errors import BadInput, CheckFailed
 from data_schemas.governance import DecisionEntry, StatementCode
+from data_schemas.ledger import MemberEntry
 from data_schemas.messages import Cosigned, CosignTask, Installed, ModelTask, WitnessState
 from pipeline.checkpoint import NoteSignature, SignedCheckpoint
 
@@ -28,7 +29,10 @@ _log = logging.getLogger("islet.aggregator")
 
 @dataclass(frozen=True)
 class Table:
-    """Where members meet. released: folder of models to hand over; witness_sizes: what each node was seen to hold."""
+    """Where members meet. released: folder of models to hand over; witness_sizes: what each node was seen to hold.
+
+    dismissed: removed hospitals that have been shown so.
+    """
 
     courier: Courier
     ledger: Ledger
@@ -36,6 +40,7 @@ class Table:
     timeout_s: float
     released: Path
     witness_sizes: dict[str, int] = field(default_factory=dict)
+    dismissed: set[str] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,7 @@ def sit(table: Table, now: str, *, attest: bool = False) -> Sitting:
     decided = decide(table.ledger, now)
     if entered or decided or refused:
         heard = _show(table, refused=refused)
+    _dismiss(table)
     champion = table.ledger.charter().champion
     lacking = [name for name, said in heard.items() if champion is not None and said.champion != champion]
     installed = _hand_over(table, champion, lacking) if champion is not None and lacking else ()
@@ -74,9 +80,33 @@ def _show(
     note = table.ledger.checkpoint()
     table.courier.former_keys = table.ledger.charter().keys
     size, members = SignedCheckpoint.from_text(note).checkpoint.size, table.ledger.members()
+    replies = _present(table, note, members, refused=refused, attest=attest)
+    heard = {r.node: r.body for r in replies if isinstance(r.body, Cosigned) and _accepted(r, table.ledger)}
+    table.witness_sizes.update(dict.fromkeys(heard, size))
+    report("cosigned", size, replies, heard.keys())
+    return heard
+
+
+def _dismiss(table: Table) -> None:
+    """Show hospitals that were removed the ledger once more: a node believes that from the log alone."""
+    removed = {name: gone for name, gone in table.ledger.charter().removed.items() if name not in table.dismissed}
+    if removed:
+        replies = _present(table, table.ledger.checkpoint(), removed)
+        table.dismissed.update(reply.node for reply in replies if isinstance(reply.body, Cosigned))
+
+
+def _present(
+    table: Table,
+    note: str,
+    members: Mapping[str, MemberEntry],
+    *,
+    refused: Mapping[str, Mapping[str, StatementCode]] | None = None,
+    attest: bool = False,
+) -> list[Reply]:
+    """Ask hospitals to cosign a checkpoint; the last reply of each."""
+    size = SignedCheckpoint.from_text(note).checkpoint.size
     asked = {name: min(table.witness_sizes.get(name, 0), size) for name in members}
-    replies: list[Reply] = []
-    heard: dict[str, Cosigned] = {}
+    last: dict[str, list[Reply]] = {}
     while asked:
         tasks = {
             name: _cosign_task(table, note, old).model_copy(
@@ -84,14 +114,12 @@ def _show(
             )
             for name, old in asked.items()
         }
-        retry = not replies
+        retry = not last
         replies = table.courier.ask(COSIGN, tasks, members, timeout_s=table.timeout_s, group="cosign")
-        heard |= {r.node: r.body for r in replies if isinstance(r.body, Cosigned) and _accepted(r, table.ledger)}
+        last |= {name: [reply for reply in replies if reply.node == name] for name in asked}
         asked = {reply.node: reply.body.size for reply in replies if isinstance(reply.body, WitnessState)}
         asked = {name: old for name, old in asked.items() if retry and _provable(name, old, size)}
-    table.witness_sizes.update(dict.fromkeys(heard, size))
-    report("cosigned", size, replies, heard.keys())
-    return heard
+    return [reply for name in sorted(last) for reply in last[name]]
 
 
 def _cosign_task(table: Table, note: str, old_size: int) -> CosignTask:

@@ -34,7 +34,7 @@ from data_schemas.messages import (
 
 # The action of the ClientApp that answers each task.
 HELLO, TRAIN, SCORE = "query.hello", "train", "evaluate"
-RELEASE, COSIGN, MODEL = "query.release", "query.cosign", "query.model"
+RELEASE, COSIGN, MODEL, CONTEST = "query.release", "query.cosign", "query.model", "query.contest"
 
 Body = Hello | Refusal | SignedUpdate | Scored | SignedRelease | WitnessState | Cosigned | Installed
 _BODY: TypeAdapter[Body] = TypeAdapter(Annotated[Body, Field(discriminator="kind")])

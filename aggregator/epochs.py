@@ -24,8 +24,11 @@ from data_schemas.messages import (
     Scored,
     ScoreTask,
     SignedRelease,
+    is_contest,
 )
 from data_schemas.plan import TrainingPlan
+from pipeline.charter import Terms
+from pipeline.contest import recipe_shares
 from pipeline.contribution import credit, mode_of
 from pipeline.signing import verify
 
@@ -89,13 +92,17 @@ def score(
     """Have every hospital score a round (arrays: those of ScoreTask); returns who acknowledged."""
     tasks = dict.fromkeys(members, task)
     replies = courier.ask(SCORE, tasks, members, timeout_s=timeout_s, arrays=arrays, group=str(task.round))
+    return acknowledged(replies, task.round, task.new_model_hash)
+
+
+def acknowledged(replies: Sequence[Reply], number: int, model: str) -> tuple[str, ...]:
+    """Return the hospitals that say they have scored this model of this round; the others are logged."""
     scored = {
         reply.node
         for reply in replies
-        if isinstance(reply.body, Scored)
-        and (reply.body.round, reply.body.new_model_hash) == (task.round, task.new_model_hash)
+        if isinstance(reply.body, Scored) and (reply.body.round, reply.body.new_model_hash) == (number, model)
     }
-    report("scored", task.round, replies, scored)
+    report("scored", number, replies, scored)
     return tuple(sorted(scored))
 
 
@@ -146,10 +153,11 @@ def collect_credit(
     timeout_s: float,
     *,
     admitted: Iterable[int],
+    terms: Iterable[Terms],
 ) -> CreditEntry:
-    """Collect the epoch's releases and turn them into credit; without usable releases the whole pot stays unpaid.
+    """Collect the epoch's releases and turn them into credit; without usable releases nothing is paid for data.
 
-    admitted: how many updates each of the epoch's rounds admitted.
+    admitted: how many updates each of the epoch's rounds admitted; terms: what held when each closed.
     """
     usable: dict[str, SignedRelease] = {}
     asked = set(members)
@@ -163,9 +171,12 @@ def collect_credit(
     report("released", task.epoch, replies, usable.keys())
     rounds = rounds_of(task.epoch, task.plan)
     pot = task.plan.credit.pot_micro_credits_per_round * len(rounds)
+    algorithm = recipe_shares(terms, task.plan.credit.pot_micro_credits_per_round)
+    for_data = pot - sum(share.micro_credits for share in algorithm)
     releases = tuple(usable[name] for name in sorted(usable))
     declared = {name: member.declared_training_patients for name, member in members.items()}
-    lines, unpaid = credit([signed.release for signed in releases], task.nodes, pot, declared)
+    nodes = [name for name in task.nodes if not is_contest(name)]
+    lines, unpaid = credit([signed.release for signed in releases], nodes, for_data, declared)
     return CreditEntry(
         run=task.run,
         epoch=task.epoch,
@@ -175,6 +186,7 @@ def collect_credit(
         unpaid_micro_credits=unpaid,
         lines=lines,
         releases=releases,
+        algorithm=algorithm,
     )
 
 

@@ -62,38 +62,61 @@ class Federation:
         return frozenset(signed.manifest.update_hash for entry in closed for signed in entry.admitted)
 
 
+class History:
+    """The federation of a log that grows: every entry is read once."""
+
+    def __init__(self) -> None:
+        self._charter, self._taken = Charter(), 0
+        self._plans: dict[str, str] = {}
+        self._rounds: dict[tuple[str, int], RoundEntry] = {}
+        self._credits: dict[tuple[str, int], CreditEntry] = {}
+        self._models: dict[str, ModelEntry] = {}
+
+    def follow(self, ledger: Ledger) -> Federation:
+        """Take in what has been logged since the last time. Raises Tampered like replay."""
+        for line in ledger.entries(self._taken):
+            self.take(line)
+        return self.federation()
+
+    def take(self, line: LedgerEntry) -> None:
+        """Take the next entry in. Raises Tampered."""
+        if self._charter.take(line):
+            raise _disputed(line.index)
+        match line.entry:
+            case PlanEntry() as plan:
+                _place(self._plans, plan.run, plan.plan_hash, line.index)
+            case RoundEntry() as closed:
+                _place(self._rounds, (closed.run, closed.round), closed, line.index)
+            case CreditEntry() as credit:
+                _place(self._credits, (credit.run, credit.epoch), credit, line.index)
+            case ModelEntry() as model:
+                _place(self._models, model.run, model, line.index)
+            case _:
+                pass
+        self._taken += 1
+
+    def federation(self) -> Federation:
+        """Return the federation after the entries so far; later ones do not change it."""
+        charter = self._charter.copy()
+        return Federation(
+            members=MappingProxyType(charter.members),
+            plans=MappingProxyType(dict(self._plans)),
+            rounds=MappingProxyType(dict(self._rounds)),
+            credits=MappingProxyType(dict(self._credits)),
+            models=MappingProxyType(dict(self._models)),
+            charter=charter,
+        )
+
+
 def replay(entries: Iterable[LedgerEntry]) -> Federation:
     """Derive the federation from the log; a hospital's newest entry counts.
 
     Raises Tampered when an entry breaks the rules of pipeline.charter, or two claim the same plan, round, epoch, model.
     """
-    charter = Charter()
-    plans: dict[str, str] = {}
-    rounds: dict[tuple[str, int], RoundEntry] = {}
-    credited: dict[tuple[str, int], CreditEntry] = {}
-    models: dict[str, ModelEntry] = {}
+    history = History()
     for line in entries:
-        if charter.take(line):
-            raise _disputed(line.index)
-        match line.entry:
-            case PlanEntry() as plan:
-                _place(plans, plan.run, plan.plan_hash, line.index)
-            case RoundEntry() as closed:
-                _place(rounds, (closed.run, closed.round), closed, line.index)
-            case CreditEntry() as credit:
-                _place(credited, (credit.run, credit.epoch), credit, line.index)
-            case ModelEntry() as model:
-                _place(models, model.run, model, line.index)
-            case _:
-                pass
-    return Federation(
-        members=MappingProxyType(charter.members),
-        plans=MappingProxyType(plans),
-        rounds=MappingProxyType(rounds),
-        credits=MappingProxyType(credited),
-        models=MappingProxyType(models),
-        charter=charter,
-    )
+        history.take(line)
+    return history.federation()
 
 
 def admit_member(ledger: Ledger, member: MemberEntry, at: str) -> Receipt | None:

@@ -119,9 +119,10 @@ class Ledger:
             raise BadInput(f"the ledger has no entry {index}; it has {self.size}")
         return _parse(self.path, row[0][0])
 
-    def entries(self) -> Iterator[LedgerEntry]:
-        """Go through all entries in order."""
-        return iter(read_entries(self.path))
+    def entries(self, start: int = 0) -> Iterator[LedgerEntry]:
+        """Go through the entries from `start` on, in order."""
+        rows = self._query("SELECT payload FROM entries WHERE idx >= ? ORDER BY idx", start)
+        return (_parse(self.path, payload) for (payload,) in rows)
 
     def members(self) -> dict[str, MemberEntry]:
         """Return the members as the log's entries and decisions make them, by name."""

@@ -85,8 +85,7 @@ def _rounds(folder: AggregatorFolder, state: Federation) -> tuple[Metric, ...]:
 def _credits(state: Federation) -> Counter[str]:
     total: Counter[str] = Counter()
     for entry in state.credits.values():
-        for line in entry.lines:
-            total[line.node] += line.micro_credits
+        total.update(entry.earned())
     return total
 
 

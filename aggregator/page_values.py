@@ -15,9 +15,9 @@ from aggregator.verification import VerifyReport, verify_ledger
 from data_schemas.canonical import content_hash
 from data_schemas.errors import IsletError, Tampered
 from data_schemas.governance import DecisionEntry, Proposal, ProposalEntry
-from data_schemas.ledger import CreditEntry, LedgerEntry, RoundEntry
+from data_schemas.ledger import ContestEntry, CreditEntry, LedgerEntry, RoundEntry
 from pipeline.charter import Charter
-from pipeline.charter_text import proposal_text
+from pipeline.charter_text import contest_text, proposal_text
 
 _MOST_ROUNDS, _MOST_DECIDED = 20, 20
 
@@ -54,6 +54,8 @@ def page_values(ledger: Path, public_key: str, found: Verified) -> dict[str, Any
         "policy": charter.privacy,
         "credit_policy": charter.credit,
         "champion": charter.champion,
+        "author": charter.author,
+        "contests": [contest_text(e.entry) for e in entries if isinstance(e.entry, ContestEntry)][::-1],
         "champions": [(name, charter.models[name]) for name in reversed(charter.champions)][:10],
         "members": _members(charter, earned, cosigners),
         "open": [_open(charter, name, proposal, now) for name, proposal in charter.open.items()],
@@ -130,13 +132,13 @@ def _decided(entries: Sequence[LedgerEntry]) -> list[dict[str, Any]]:
 def _earned(state: Federation) -> dict[str, float]:
     earned = dict.fromkeys(state.members, 0.0)
     for entry in state.credits.values():
-        for line in entry.lines:
-            earned[line.node] = earned.get(line.node, 0.0) + line.micro_credits / 1e6
+        for node, micro_credits in entry.earned().items():
+            earned[node] = earned.get(node, 0.0) + micro_credits / 1e6
     return earned
 
 
 def _epoch(entry: CreditEntry) -> tuple[str, dict[str, float], float]:
-    by_node = {line.node: line.micro_credits / 1e6 for line in entry.lines}
+    by_node = {node: micro_credits / 1e6 for node, micro_credits in entry.earned().items()}
     return f"{entry.run} epoch {entry.epoch}", by_node, entry.unpaid_micro_credits / 1e6
 
 
@@ -145,8 +147,8 @@ def _series(state: Federation) -> tuple[list[str], dict[str, list[float]]]:
     so_far = dict.fromkeys(_earned(state), 0.0)
     lines: dict[str, list[float]] = {name: [] for name in so_far}
     for entry in state.credits.values():
-        for line in entry.lines:
-            so_far[line.node] += line.micro_credits / 1e6
+        for node, micro_credits in entry.earned().items():
+            so_far[node] += micro_credits / 1e6
         for name, value in so_far.items():
             lines[name].append(value)
     return [str(number + 1) for number in range(len(state.credits))], lines

@@ -9,21 +9,18 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
-from flwr.app import Message
-from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
-from aggregator import epochs
-from aggregator.admission import Expectation, RejectionCode
+from aggregator import contests, epochs
+from aggregator.admission import Expectation
 from aggregator.aggregation import (
     ServerState,
     cosine,
@@ -35,8 +32,9 @@ from aggregator.aggregation import (
 )
 from aggregator.assembly import Table, sit
 from aggregator.collecting import Collected, collect
-from aggregator.courier import Courier, Incoming, Outgoing
-from aggregator.governance import Federation, check_plan, replay
+from aggregator.courier import Courier
+from aggregator.governance import Federation, History, check_plan
+from aggregator.grid_exchange import GridExchange
 from aggregator.ledger import Ledger
 from aggregator.progress import Observer, RoundSummary
 from aggregator.settings import AggregatorSettings
@@ -49,22 +47,10 @@ from data_schemas.plan import RELATION, TrainingPlan
 from pipeline.charter import run_name
 from pipeline.checkpoint import SignedCheckpoint
 from pipeline.contribution import why_unpaid
-from pipeline.wire import TooLarge, from_record, to_record
 
 Vector = NDArray[np.float32]
 Clock = Callable[[], float]
-Outcome = TypeVar("Outcome")
 _log = logging.getLogger("islet.aggregator")
-# The widest forecaster that a plan can name has 5 MB of weights.
-_MOST_REPLY_BYTES = 16 * 2**20
-_FAILURES = {
-    ErrorCode.LOAD_CLIENT_APP_EXCEPTION: RejectionCode.BUNDLE_REFUSED,
-    ErrorCode.CLIENT_APP_RAISED_EXCEPTION: RejectionCode.NODE_RAISED,
-    ErrorCode.CLIENT_APP_CRASHED: RejectionCode.NODE_RAISED,
-    ErrorCode.MESSAGE_UNAVAILABLE: RejectionCode.EXPIRED,
-    ErrorCode.REPLY_MESSAGE_UNAVAILABLE: RejectionCode.EXPIRED,
-    ErrorCode.NODE_UNAVAILABLE: RejectionCode.NODE_UNAVAILABLE,
-}
 
 
 @dataclass(frozen=True)
@@ -98,6 +84,7 @@ class _Desk:
     observer: Observer
     clock: Clock
     table: Table
+    history: History
 
     def now(self) -> str:
         """Time for the ledger: UTC, ISO 8601."""
@@ -105,7 +92,7 @@ class _Desk:
 
     def federation(self) -> Federation:
         """Members and history as the ledger tells them now."""
-        return replay(self.ledger.entries())
+        return self.history.follow(self.ledger)
 
 
 def run_identity(federation: str, plan: TrainingPlan, initial_weights: Vector) -> str:
@@ -133,7 +120,7 @@ def run_federation(
     courier = Courier(GridExchange(grid), settings.federation, settings.hello_timeout_s)
     run = run_identity(settings.federation, plan, initial_weights)
     table = Table(courier, ledger, settings.federation, settings.cosign_timeout_s, released)
-    desk = _Desk(courier, settings, plan, run, ledger, state, observer, clock, table)
+    desk = _Desk(courier, settings, plan, run, ledger, state, observer, clock, table, History())
     _check_members(desk)
     check_plan(desk.federation().charter, plan)
     ledger.append_once(("plan", run), PlanEntry(run=run, plan_hash=content_hash(plan)), desk.now())
@@ -267,23 +254,29 @@ def _close(desk: _Desk, checkpoint: Checkpoint) -> None:
     task = epochs.score_task(entry, desk.settings.federation, desk.plan, checkpoint.base_velocity)
     epochs.score(desk.courier, task, federation.members, arrays, desk.settings.score_timeout_s)
     if epochs.ends_epoch(record.round, desk.plan):
-        _close_epoch(desk, epoch, federation)
+        weights = released_weights(checkpoint.server) if record.round == desk.plan.rounds else None
+        _close_epoch(desk, epoch, federation, weights)
 
 
-def _close_epoch(desk: _Desk, epoch: int, federation: Federation) -> None:
-    numbers = epochs.rounds_of(epoch, desk.plan)
-    admitted = [e.admitted for number in numbers if (e := federation.rounds.get((desk.run, number))) is not None]
+def _close_epoch(desk: _Desk, epoch: int, federation: Federation, released: Vector | None) -> None:
+    """Pay an epoch; released float32[D] is the run's model, at the end of its last epoch."""
+    timeout_s, contest = desk.settings.score_timeout_s, tuple[str, ...]()
+    if released is not None:
+        contest = contests.hold(desk.courier, federation, desk.run, desk.plan, released, timeout_s)
+    closed = [(desk.run, number) for number in epochs.rounds_of(epoch, desk.plan)]
+    admitted = [federation.rounds[place].admitted for place in closed if place in federation.rounds]
+    terms = [federation.charter.terms[place] for place in closed if place in federation.charter.terms]
     credited = {signed.manifest.node for updates in admitted for signed in updates}
     task = ReleaseTask(
         federation=desk.settings.federation,
         run=desk.run,
         epoch=epoch,
         plan=desk.plan,
-        nodes=tuple(sorted(credited)),
+        nodes=(*sorted(credited), *contest),
         deadline_unix=desk.clock() + desk.settings.score_timeout_s,
     )
-    timeout_s, counts = desk.settings.score_timeout_s, map(len, admitted)
-    entry = epochs.collect_credit(desk.courier, task, federation.members, timeout_s, admitted=counts)
+    counts = map(len, admitted)
+    entry = epochs.collect_credit(desk.courier, task, federation.members, timeout_s, admitted=counts, terms=terms)
     desk.ledger.append_once(("credit", desk.run, epoch), entry, desk.now())
     _tell(desk.observer, partial(desk.observer.epoch_closed, entry))
     _sit(desk)
@@ -317,6 +310,8 @@ def _publish(
         epsilon_by_node=epsilon_by_node,
     )
     desk.ledger.append_once(("model", desk.run), entry, desk.now())
+    if (contest := contests.settled(desk.federation(), desk.run, entry.model_hash)) is not None:
+        desk.ledger.append_once(("contest", desk.run), contest, desk.now())
     cosigned_by = _sit(desk, attest=True)
     credited = desk.federation().credits
     return FederationResult(
@@ -332,63 +327,9 @@ def _publish(
     )
 
 
-class GridExchange:
-    """The courier's Exchange over a Flower Grid."""
-
-    def __init__(self, grid: Grid) -> None:
-        self._grid = grid
-
-    def node_ids(self) -> Sequence[int]:
-        """Nodes connected now."""
-        return list(self._grid.get_node_ids())
-
-    def carry(self, messages: Sequence[Outgoing], group: str, timeout_s: float) -> Sequence[Incoming]:
-        """Push with an explicit ttl and pull until every message has its reply or the ttl has passed.
-
-        Flower reports an error with the SuperLink as its sender, so replies are matched by the message they answer.
-        """
-        if not messages:
-            return []
-        pushed = self._grid.push_messages([_message(outgoing, group, timeout_s) for outgoing in messages])
-        # A SuperLink that takes nothing answers with an empty list, one that takes some with gaps.
-        ids = list(pushed) or [""] * len(messages)
-        replies: dict[str, Message] = {}
-        started = time.monotonic()
-        while len(replies) < len([i for i in ids if i]) and time.monotonic() - started < timeout_s + 1:
-            waiting = [i for i in ids if i and i not in replies]
-            replies |= {r.metadata.reply_to_message_id: r for r in self._grid.pull_messages(waiting)}
-            # A tenth of the time waited so far: prompt for quick nodes, gentle with a SuperLink during long rounds.
-            time.sleep(min(0.5, 0.002 + 0.1 * (time.monotonic() - started)))
-        return [_incoming(outgoing.node_id, replies.get(i)) for outgoing, i in zip(messages, ids, strict=True)]
-
-
-def _message(outgoing: Outgoing, group: str, ttl: float) -> Message:
-    record = to_record(outgoing.task, dict(outgoing.arrays))
-    return Message(record, outgoing.node_id, outgoing.message_type, ttl=ttl, group_id=group)
-
-
-def _incoming(node_id: int, reply: Message | None) -> Incoming:
-    if reply is None:
-        return Incoming(node_id, failure=RejectionCode.NO_REPLY)
-    if reply.has_error():
-        return Incoming(node_id, failure=_FAILURES.get(reply.error.code, RejectionCode.TRANSPORT_ERROR))
-    parsed = _attempt(partial(from_record, reply.content, _MOST_REPLY_BYTES))
-    if isinstance(parsed, Exception):
-        too_large = isinstance(parsed, TooLarge)
-        return Incoming(node_id, failure=RejectionCode.TOO_LARGE if too_large else RejectionCode.MALFORMED_REPLY)
-    return Incoming(node_id, body=parsed[0], arrays=parsed[1])
-
-
 def _tell(observer: Observer, call: Callable[[], object]) -> None:
     """Tell an observer; an outage of a display is reported and loses no round."""
-    failed = _attempt(call)
-    if failed is not None:
-        _log.warning("observer %s failed (%s); the run goes on", type(observer).__name__, type(failed).__name__)
-
-
-def _attempt(call: Callable[[], Outcome]) -> Outcome | Exception:
-    """Call what may fail in any way without harm to the run: a display, or the parser of a hostile reply."""
     try:
-        return call()
+        call()
     except Exception as error:  # noqa: BLE001
-        return error
+        _log.warning("observer %s failed (%s); the run goes on", type(observer).__name__, type(error).__name__)

@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 
 from aggregator.assembly import Table, sit
 from aggregator.courier import Courier
+from aggregator.grid_exchange import GridExchange
 from aggregator.progress import Observer, RoundSummary
 from aggregator.promotion import crown
-from aggregator.rounds import FederationResult, GridExchange, run_federation
+from aggregator.rounds import FederationResult, run_federation
 from aggregator.settings import AggregatorFolder, open_folder
 from aggregator.state import hold
 from data_schemas.errors import BadInput

@@ -23,6 +23,7 @@ from aggregator.ledger import Ledger
 from data_schemas.errors import BadInput
 from data_schemas.frozen import Frozen
 from data_schemas.plan import TrainingPlan
+from pipeline.plans import load_calibrated
 from pipeline.signing import PrivateKey, write_durably
 
 SETTINGS_FILE, KEY_FILE = "aggregator.toml", "keys/aggregator.ed25519"
@@ -86,16 +87,7 @@ class AggregatorFolder:
 
     def load_plan(self) -> TrainingPlan:
         """Read the calibrated plan. Raises BadInput naming what is wrong."""
-        try:
-            return TrainingPlan.model_validate_json(self.plan_path.read_bytes())
-        except OSError as error:
-            raise BadInput(
-                f"cannot read plan {self.plan_path.name}", "put the plan into the aggregator's folder"
-            ) from error
-        except ValidationError as error:
-            raise BadInput(
-                f"plan {self.plan_path.name} has wrong values at: {_places(error)}", "see docs/plans.md"
-            ) from error
+        return load_calibrated(self.plan_path)
 
 
 def create(path: Path, settings: AggregatorSettings, seed: int | None = None) -> AggregatorFolder:

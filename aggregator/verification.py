@@ -21,6 +21,7 @@ from aggregator.ledger_file import HINT, LedgerFile, check_structure, open_ledge
 from data_schemas.canonical import canonical_bytes
 from data_schemas.errors import BadInput, CheckFailed, Tampered
 from data_schemas.ledger import (
+    ContestEntry,
     CreditEntry,
     Entry,
     LedgerEntry,
@@ -31,9 +32,10 @@ from data_schemas.ledger import (
 )
 from pipeline import checkpoint as notes
 from pipeline import merkle
+from pipeline.charter_text import contest_text
 from pipeline.checkpoint import Checkpoint, SignedCheckpoint
 from pipeline.inclusion import split_payload
-from pipeline.ledger_rules import Replay, fault, nickname
+from pipeline.ledger_rules import Replay, fault, nickname, without_collector
 from pipeline.signing import verify, write_durably
 
 
@@ -65,7 +67,7 @@ def verify_ledger(
     """
     if not path.is_file():
         raise BadInput(f"{path}: no such ledger", "Give the path of the ledger.db file.")
-    with open_ledger_file(path) as file:
+    with open_ledger_file(path) as file, without_collector():
         check_structure(file)
         replay, tree, heads = _check_log(file, aggregator_public_key, every_signature)
         _check_once(file, tree)
@@ -261,7 +263,7 @@ def show_entry(entry: LedgerEntry) -> str:
     return f"{entry.index:>6}  {entry.recorded_at}  {entry.entry.kind:<7} {_summary(entry.entry)}"
 
 
-def _summary(entry: Entry) -> str:
+def _summary(entry: Entry) -> str:  # noqa: PLR0911
     match entry:
         case MemberEntry():
             patients = f"{entry.declared_training_patients} + {entry.declared_heldout_patients} held-out patients"
@@ -276,7 +278,11 @@ def _summary(entry: Entry) -> str:
             )
         case CreditEntry():
             lines = ", ".join(f"{line.node} {line.micro_credits}" for line in entry.lines)
-            return f"run {entry.run} epoch {entry.epoch}: micro-credits {lines}; unpaid {entry.unpaid_micro_credits}"
+            recipe = "".join(f"; for the recipe {share.node} {share.micro_credits}" for share in entry.algorithm)
+            unpaid = entry.unpaid_micro_credits
+            return f"run {entry.run} epoch {entry.epoch}: micro-credits {lines}{recipe}; unpaid {unpaid}"
+        case ContestEntry():
+            return f"run {entry.run}: {contest_text(entry)}"
         case ModelEntry():
             worst = max(entry.epsilon_by_node.values(), default=0.0)
             privacy = f"epsilon <= {worst:.2f}, delta {entry.delta:g} per {entry.unit}"

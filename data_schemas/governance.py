@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from data_schemas.frozen import Frozen
+from data_schemas.frozen import Frozen, later
 from data_schemas.plan import PrivacyUnit, TrainingPlan
 
 Hex32 = str
@@ -64,9 +64,10 @@ class PrivacyPolicy(Frozen):
 
 
 class CreditPolicy(Frozen):
-    """What a round may pay, in micro-credits."""
+    """What a round may pay, in micro-credits; how many thousandths of it are for the recipe that the champion runs."""
 
     max_pot_micro_credits_per_round: int = Field(ge=1, lt=2**53)
+    algorithm_permille: int = later(0, ge=0, le=1000)
 
 
 class Admit(Frozen):
@@ -129,8 +130,20 @@ class Pause(Frozen):
     paused: bool
 
 
+class Challenge(Frozen):
+    """The proposing member enters a challenger: an architecture and a training recipe, and the code that runs it.
+
+    code_hash: of what a wheel installs at a node (pipeline.bundle.code_hash).
+    """
+
+    action: Literal["challenge"] = "challenge"
+    plan: TrainingPlan
+    code_hash: Hash
+
+
 Action = Annotated[
-    Admit | Remove | RotateKey | SetPrivacy | SetCredit | Promote | RollBack | Pause, Field(discriminator="action")
+    Admit | Remove | RotateKey | SetPrivacy | SetCredit | Promote | RollBack | Pause | Challenge,
+    Field(discriminator="action"),
 ]
 
 

@@ -64,12 +64,22 @@ class CreditLine(Frozen):
     micro_credits: int
 
 
+class RecipeShare(Frozen):
+    """What a member earned because the champion runs the recipe that it entered."""
+
+    node: str
+    micro_credits: int
+
+
 # How credit came about: exact where no round of the epoch had more admitted updates than every coalition is scored for.
 CreditMode = Literal["exact-shapley-weighted-median", "sampled-shapley-weighted-median"]
 
 
 class CreditEntry(Frozen):
-    """Credit of one epoch and the signed releases it follows from: anyone can recompute it."""
+    """Credit of one epoch and the signed releases it follows from: anyone can recompute it.
+
+    lines, algorithm and unpaid sum to the pot. algorithm: what the champion's recipe earned, by member.
+    """
 
     kind: Literal["credit"] = "credit"
     run: str
@@ -80,6 +90,41 @@ class CreditEntry(Frozen):
     unpaid_micro_credits: int
     lines: tuple[CreditLine, ...]
     releases: tuple[SignedRelease, ...]
+    algorithm: tuple[RecipeShare, ...] = later(())
+
+    def earned(self) -> dict[str, int]:
+        """Micro-credits of every hospital named here, for data and for the recipe together."""
+        total = {line.node: line.micro_credits for line in self.lines}
+        for share in self.algorithm:
+            total[share.node] = total.get(share.node, 0) + share.micro_credits
+        return total
+
+
+class ContestScore(Frozen):
+    """How much better the challenger forecasts than the champion on one hospital's held-out people, as it released."""
+
+    node: str
+    improvement_mg_dl: float
+    noise_std_mg_dl: float
+    declared_heldout_patients: int
+
+
+class ContestEntry(Frozen):
+    """A challenger's model against the champion, scored by the others than its entrant, with the 95% noise interval.
+
+    scores follow from the run's last credit entry; won: the interval lies above zero.
+    """
+
+    kind: Literal["contest"] = "contest"
+    run: str
+    entrant: str
+    model_hash: Hex32
+    champion_hash: Hex32
+    scores: tuple[ContestScore, ...]
+    improvement_mg_dl: float
+    interval_low_mg_dl: float
+    interval_high_mg_dl: float
+    won: bool
 
 
 class ModelEntry(Frozen):
@@ -100,6 +145,7 @@ Entry = Annotated[
     | PlanEntry
     | RoundEntry
     | CreditEntry
+    | ContestEntry
     | ModelEntry
     | FoundingEntry
     | ProposalEntry

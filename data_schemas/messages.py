@@ -19,6 +19,9 @@ from data_schemas.plan import PrivacyEvent, PrivacyUnit, TrainingPlan
 Hex32 = str  # 64 lower-case hex digits: a SHA-256 or an Ed25519 public key
 
 
+_CONTEST = "contest: "
+
+
 class RefusalCode(StrEnum):
     """Why a node did not do what it was asked. Codes only: no exception text leaves a hospital."""
 
@@ -43,6 +46,7 @@ class RefusalCode(StrEnum):
     MODEL_NOT_DECIDED = "model-not-decided"
     NODE_PAUSED = "node-paused"
     NODE_LEFT = "node-left"
+    CODE_NOT_DECIDED = "code-not-decided"
 
 
 class Refusal(Frozen):
@@ -145,8 +149,37 @@ class Scored(Frozen):
     new_model_hash: Hex32
 
 
+class ContestTask(Frozen):
+    """Score a challenger's model against the champion on held-out patients; the result stays at the node.
+
+    Array: the challenger's weights float32[D]; the champion is the one that the node keeps. What is scored becomes one
+    more value of the run's last release.
+    """
+
+    federation: str
+    run: str
+    plan: TrainingPlan
+    model_hash: Hex32
+    champion_hash: Hex32
+
+    @property
+    def value_name(self) -> str:
+        """Name of the release's value."""
+        return contest_name(self.model_hash, self.champion_hash)
+
+
+def contest_name(model_hash: str, champion_hash: str) -> str:
+    """Name of a release's value that says how much a model improves on the champion; no hospital has such a name."""
+    return f"{_CONTEST}{model_hash} over {champion_hash}"
+
+
+def is_contest(name: str) -> bool:
+    """Whether a value of a release is about two models and not about a hospital."""
+    return name.startswith(_CONTEST)
+
+
 class ReleaseTask(Frozen):
-    """Release the epoch's one noised vector. `nodes` fixes the order of its credit part."""
+    """Release the epoch's one noised vector. `nodes` fixes the order of its values: hospitals, then a contest."""
 
     federation: str
     run: str

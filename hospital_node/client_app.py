@@ -23,6 +23,7 @@ from pydantic import ValidationError
 from data_schemas.errors import IsletError, NodeBusy
 from data_schemas.frozen import Frozen
 from data_schemas.messages import (
+    ContestTask,
     CosignTask,
     Hello,
     HelloTask,
@@ -64,7 +65,7 @@ def train(message: Message, context: Context) -> Message:
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
-    """ScoreTask with arrays `base` float32[D] and `updates` float32[n, D] -> Scored or Refusal."""
+    """ScoreTask with arrays `base`, `updates` and, under a plan with momentum, `velocity` -> Scored or Refusal."""
     return _reply(message, context, _score)
 
 
@@ -78,6 +79,12 @@ def hello(message: Message, context: Context) -> Message:
 def score(message: Message, context: Context) -> Message:
     """Answer like `evaluate`."""
     return _reply(message, context, _score)
+
+
+@app.query("contest")
+def contest(message: Message, context: Context) -> Message:
+    """ContestTask with array `weights` float32[D] -> Scored or Refusal."""
+    return _reply(message, context, _contest)
 
 
 @app.query("release")
@@ -180,7 +187,14 @@ def _score(node: NodeFolder, body: bytes, arrays: Arrays) -> Answer:
     from hospital_node import scoring
 
     task = _parsed(ScoreTask, body)
-    return scoring.score(node, task, _array(arrays, "base", 1), _array(arrays, "updates", 2)), {}
+    velocity = _array(arrays, "velocity", 1) if task.plan.server.momentum else None
+    return scoring.score(node, task, _array(arrays, "base", 1), _array(arrays, "updates", 2), velocity), {}
+
+
+def _contest(node: NodeFolder, body: bytes, arrays: Arrays) -> Answer:
+    from hospital_node import contest
+
+    return contest.score(node, _parsed(ContestTask, body), _array(arrays, "weights", 1)), {}
 
 
 def _release(node: NodeFolder, body: bytes, _arrays: Arrays) -> Answer:
@@ -205,6 +219,7 @@ def _model(node: NodeFolder, body: bytes, arrays: Arrays) -> Answer:
 _ABOUT_PATIENTS: dict[Handler, tuple[str, str]] = {
     _train: ("train round", "round"),
     _score: ("score round", "round"),
+    _contest: ("score against the champion", ""),
     _release: ("release credit of epoch", "epoch"),
 }
 
@@ -214,7 +229,7 @@ def _tell(home: Path, message: Message, handle: Handler, answer: Frozen) -> None
     what, number = _ABOUT_PATIENTS[handle]
     try:
         task = json.loads(_content(message)[0])
-        asked = f"{what} {int(task[number])} of {task['run']}"
+        asked = f"{what} {int(task[number])} of {task['run']}" if number else f"{what}: {task['run']}"
     except (_Malformed, ValueError, KeyError, TypeError):
         asked = what
     outcome = answer.code.value if isinstance(answer, Refusal) else "answered"

@@ -68,7 +68,7 @@ def clinic_page(
         "zone": zone.key,
         "alarm": alarm(NodeFolder(home, settings)),
         "switch": participation(home),
-        **_federation(proof),
+        **_federation(proof, settings.name),
         "round": _round(proof, settings.name, zone),
         "model": model,
         "in_ledger": model is not None
@@ -115,15 +115,16 @@ def _line(line: Access, zone: ZoneInfo) -> dict[str, str]:
     }
 
 
-def _federation(proof: LedgerProof | None) -> dict[str, Any]:
-    """Who is in, what they agreed on, and how much waits for a vote."""
+def _federation(proof: LedgerProof | None, name: str) -> dict[str, Any]:
+    """Who is in, what they agreed on, how much waits for a vote, and whether this hospital was removed."""
     charter = None if proof is None else proof.charter
     if charter is None or charter.privacy is None:
-        return {"members": [], "policy": "", "open": 0}
+        return {"members": [], "policy": "", "open": 0, "removed": False}
     most, heldout = charter.privacy.max_epsilon_training, charter.privacy.max_epsilon_heldout
     paused = "; training is paused by vote" if charter.paused else ""
     policy = f"ε at most {most:g} for training, {heldout:g} for held-out patients{paused}"
-    return {"members": sorted(charter.members), "policy": policy, "open": len(charter.open)}
+    told: dict[str, Any] = {"members": sorted(charter.members), "policy": policy, "open": len(charter.open)}
+    return {**told, "removed": name in charter.removed}
 
 
 def _published(proof: LedgerProof | None) -> set[str]:

@@ -37,7 +37,7 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class EarnedEpoch:
-    """What one credit epoch paid this hospital, with the 95% interval of the noise on its score in mg/dL."""
+    """What one credit epoch paid this hospital, for data and recipe, with the 95% interval of its score in mg/dL."""
 
     run: str
     epoch: int
@@ -192,16 +192,17 @@ def _own(
 def _earned(own: list[tuple[int, CreditEntry]], name: str) -> Iterator[EarnedEpoch]:
     for _, entry in own:
         line = next((line for line in entry.lines if line.node == name), None)
-        if line is not None:
+        earned = entry.earned()
+        if name in earned:
             yield EarnedEpoch(
                 entry.run,
                 entry.epoch,
                 entry.rounds,
-                line.micro_credits,
+                earned[name],
                 entry.pot_micro_credits,
-                line.shapley_mg_dl,
-                line.interval_low_mg_dl,
-                line.interval_high_mg_dl,
+                0.0 if line is None else line.shapley_mg_dl,
+                0.0 if line is None else line.interval_low_mg_dl,
+                0.0 if line is None else line.interval_high_mg_dl,
             )
 
 

@@ -26,12 +26,12 @@ from hospital_node.folder import NodeFolder
 from pipeline.charter import Charter
 from pipeline.frontier import Frontier
 from pipeline.inclusion import split_payload
-from pipeline.ledger_rules import Replay, fault
+from pipeline.ledger_rules import Replay, fault, without_collector
 from pipeline.merkle import leaf_hash
 from pipeline.signing import verify, write_durably
 
 COPY, STATE = "ledger.jsonl", "ledger.state"
-_FORMAT = "islet-ledger-state-1"
+_FORMAT = "islet-ledger-state-2"
 # Of the next entry, not of those so far; and what has a place of its own in the file.
 _NOT_KEPT = {"charter", "signatures", "vouched"}
 
@@ -66,8 +66,9 @@ class LedgerState:
 def read(node: NodeFolder, *, whole: bool = False) -> LedgerState:
     """Return what the copy establishes; with `whole` from its first entry on. Raises Tampered, StorageFailed."""
     state = LedgerState() if whole else _kept(node)
-    for payload in lines(node, state.offset):
-        state.take(payload, str(node.settings.aggregator_public_key), signatures=False)
+    with without_collector():
+        for payload in lines(node, state.offset):
+            state.take(payload, str(node.settings.aggregator_public_key), signatures=False)
     return state
 
 

@@ -13,13 +13,14 @@ from collections.abc import Iterable, Sequence
 from data_schemas.canonical import canonical_bytes, content_hash
 from data_schemas.errors import BadInput, Tampered
 from data_schemas.ledger import LedgerEntry, RoundEntry
-from data_schemas.messages import RefusalCode, ReleaseTask, ScoreTask, TrainTask
+from data_schemas.messages import ContestTask, RefusalCode, ReleaseTask, ScoreTask, TrainTask
 from data_schemas.plan import TrainingPlan
 from hospital_node import ledger_copy, own_rounds
 from hospital_node.ceilings import require
 from hospital_node.folder import NodeFolder
 from hospital_node.ledger_copy import LedgerState
 from pipeline import merkle
+from pipeline.bundle import code_hash
 from pipeline.charter import Charter, run_name
 from pipeline.checkpoint import Checkpoint
 from pipeline.frontier import Frontier
@@ -56,6 +57,11 @@ def decided(node: NodeFolder, *, whole: bool = False) -> Charter:
             "this node follows no ledger", "make it with the aggregator's key: `islet node init --aggregator-key`"
         )
     return ledger_copy.read(node, whole=whole).replay.charter
+
+
+def removed(node: NodeFolder) -> bool:
+    """Whether the node's copy says that the members voted this hospital out. Raises Tampered."""
+    return node.settings.aggregator_public_key is not None and node.settings.name in decided(node).removed
 
 
 def extend(
@@ -121,7 +127,7 @@ def check_training(node: NodeFolder, task: TrainTask) -> None:
     require(charter is None or _is_logged_base(charter, task), RefusalCode.MODEL_NOT_DECIDED)
 
 
-def check_decided(node: NodeFolder, task: TrainTask | ReleaseTask) -> Charter | None:
+def check_decided(node: NodeFolder, task: TrainTask | ReleaseTask | ContestTask) -> Charter | None:
     """Raise Declined unless the federation decided what this task's run may cost; its charter, where there is one."""
     require(alarm(node) is None, RefusalCode.ALARM)
     if node.settings.aggregator_public_key is None:
@@ -131,7 +137,10 @@ def check_decided(node: NodeFolder, task: TrainTask | ReleaseTask) -> Charter | 
     require(not charter.paused, RefusalCode.FEDERATION_PAUSED)
     own = charter.members.get(node.settings.name)
     require(own is not None and own.public_key == node.key.public.hex, RefusalCode.NOT_A_MEMBER)
-    require(charter.plans.get(task.run) == content_hash(task.plan), RefusalCode.PLAN_NOT_DECIDED)
+    plan_hash = content_hash(task.plan)
+    require(charter.plans.get(task.run) == plan_hash, RefusalCode.PLAN_NOT_DECIDED)
+    challenger = charter.challengers.get(plan_hash)
+    require(challenger is None or challenger.code_hash == code_hash(), RefusalCode.CODE_NOT_DECIDED)
     _check_policy(node, charter, task.plan)
     return charter
 

@@ -13,10 +13,12 @@ from dataclasses import dataclass, field, fields
 from datetime import datetime
 
 from data_schemas.canonical import canonical_bytes, content_hash
+from data_schemas.frozen import Frozen
 from data_schemas.governance import (
     Admit,
     Attestation,
     AttestationEntry,
+    Challenge,
     CreditPolicy,
     DecisionEntry,
     FoundingEntry,
@@ -33,7 +35,7 @@ from data_schemas.governance import (
     StatementCode,
     VoteEntry,
 )
-from data_schemas.ledger import Entry, LedgerEntry, MemberEntry, ModelEntry, PlanEntry, RoundEntry
+from data_schemas.ledger import ContestEntry, Entry, LedgerEntry, MemberEntry, ModelEntry, PlanEntry, RoundEntry
 from data_schemas.plan import TrainingPlan
 from pipeline.signing import verify
 
@@ -42,12 +44,33 @@ _ROUNDING = 1e-9
 _RUNS = 8  # that a node may be asked about; the rounds of older ones are forgotten
 
 
+class Challenger(Frozen):
+    """A recipe that the members let compete: the member who entered it, and the code that runs it."""
+
+    node: str
+    code_hash: str
+
+
+class Terms(Frozen):
+    """What held when a round closed: the champion, who had entered the round's plan, and who is owed for a recipe.
+
+    author: the member who entered the champion's recipe, if that won its contest; permille: its part of the pot.
+    """
+
+    champion: str | None
+    entrant: str | None
+    author: str | None
+    permille: int
+
+
 @dataclass
 class Charter:
     """The state so far; `take` adds the next entry.
 
-    keys: every key a hospital ever had. champions: newest last. attested: each hospital's newest attestation. spent:
-    the largest training epsilon that its admitted updates told.
+    keys: every key a hospital ever had. removed: by vote, as they were last. champions: newest last. attested: each
+    hospital's newest attestation. spent: the largest training epsilon that its admitted updates told. challengers and
+    authors: by hash of the plan; authors are members whose challenger won. contests: by run, whether its challenger
+    won. terms: of each round that is remembered.
     """
 
     federation: str | None = None
@@ -55,6 +78,7 @@ class Charter:
     credit: CreditPolicy | None = None
     members: dict[str, MemberEntry] = field(default_factory=dict)
     keys: dict[str, list[str]] = field(default_factory=dict)
+    removed: dict[str, MemberEntry] = field(default_factory=dict)
     open: dict[str, Proposal] = field(default_factory=dict)
     votes: dict[str, dict[str, bool]] = field(default_factory=dict)
     decided: dict[str, bool] = field(default_factory=dict)
@@ -65,6 +89,10 @@ class Charter:
     paused: bool = False
     attested: dict[str, Attestation] = field(default_factory=dict)
     spent: dict[str, float] = field(default_factory=dict)
+    challengers: dict[str, Challenger] = field(default_factory=dict)
+    authors: dict[str, str] = field(default_factory=dict)
+    contests: dict[str, bool] = field(default_factory=dict)
+    terms: dict[tuple[str, int], Terms] = field(default_factory=dict)
 
     @property
     def founded(self) -> bool:
@@ -107,6 +135,23 @@ class Charter:
         """Hash of the model that the members decided to serve."""
         return self.champions[-1] if self.champions else None
 
+    @property
+    def author(self) -> str | None:
+        """Member who entered the recipe that the champion runs, if that won its contest."""
+        published = self.models.get(self.champion or "")
+        author = None if published is None else self.authors.get(self.plans.get(published.run, ""))
+        return author if author in self.members else None
+
+    def terms_now(self, plan_hash: str) -> Terms:
+        """Return what holds for a round of this plan that closes now."""
+        challenger, credit = self.challengers.get(plan_hash), self.credit
+        return Terms(
+            champion=self.champion,
+            entrant=None if challenger is None else challenger.node,
+            author=self.author,
+            permille=0 if credit is None else credit.algorithm_permille,
+        )
+
     def copy(self) -> Charter:
         """Return a copy for a trial: taking entries in there changes nothing here."""
         fresh = {item.name: copy(getattr(self, item.name)) for item in fields(self)}
@@ -147,12 +192,16 @@ def take(charter: Charter, entry: Entry, at: str) -> str:  # noqa: PLR0911
             return _decision(charter, entry, at)
         case AttestationEntry():
             return _attestation(charter, entry)
+        case ContestEntry():
+            return _contest(charter, entry)
         case PlanEntry():
             charter.plans.setdefault(entry.run, entry.plan_hash)
             remembered = [*charter.plans][-_RUNS:]
             charter.rounds = {place: closed for place, closed in charter.rounds.items() if place[0] in remembered}
+            charter.terms = {place: held for place, held in charter.terms.items() if place[0] in remembered}
         case RoundEntry():
             charter.rounds[entry.run, entry.round] = entry
+            charter.terms[entry.run, entry.round] = charter.terms_now(entry.plan_hash)
             for manifest in (signed.manifest for signed in entry.admitted):
                 told = manifest.spend.epsilon_after
                 charter.spent[manifest.node] = max(told, charter.spent.get(manifest.node, 0.0))
@@ -175,6 +224,7 @@ def _member(charter: Charter, entry: MemberEntry) -> str:
 
 def _enter(charter: Charter, member: MemberEntry) -> None:
     charter.members[member.node] = member
+    charter.removed.pop(member.node, None)
     keys = charter.keys.setdefault(member.node, [])
     if member.public_key not in keys:
         keys.append(member.public_key)
@@ -216,12 +266,28 @@ def _senseless(charter: Charter, proposal: Proposal) -> str:
             return f"{none}: the key is taken"
         case Remove() | RotateKey():
             return "" if action.node in members else f"{none}: {action.node} is not a member"
-        case Promote():
-            return "" if action.model_hash in charter.models else f"{none}: the model is not in the ledger"
-        case RollBack():
-            return "" if action.model_hash in charter.champions else f"{none}: the model was never the champion"
+        case Promote() | RollBack():
+            published = isinstance(action, Promote)
+            known = charter.models if published else charter.champions
+            lacks = "is not in the ledger" if published else "was never the champion"
+            return "" if action.model_hash in known else f"{none}: the model {lacks}"
+        case Challenge():
+            return _idle_challenge(charter, action)
         case _:
             return ""
+
+
+def _idle_challenge(charter: Charter, action: Challenge) -> str:
+    """Say why a challenger could not compete: nobody may claim a recipe that another entered, or that was in use."""
+    name, none = content_hash(action.plan), Code.NO_EFFECT
+    waiting = [p.action.plan for p in charter.open.values() if isinstance(p.action, Challenge)]
+    if name in charter.challengers or name in charter.plans.values() or action.plan in waiting:
+        return f"{none}: the plan was entered or run before"
+    privacy, credit = charter.privacy, charter.credit
+    pot = action.plan.credit.pot_micro_credits_per_round
+    if privacy is None or credit is None or pot > credit.max_pot_micro_credits_per_round:
+        return f"{none}: the plan pays more than the credit policy allows"
+    return "" if privacy.allows(action.plan) else f"{none}: the plan costs more than the privacy policy allows"
 
 
 def _vote(charter: Charter, entry: VoteEntry, at: str) -> str:
@@ -262,7 +328,7 @@ def _apply(charter: Charter, proposal: Proposal) -> None:
         case Admit() as new:
             _enter(charter, MemberEntry(**new.model_dump(exclude={"action"})))
         case Remove() as gone:
-            del charter.members[gone.node]
+            charter.removed[gone.node] = charter.members.pop(gone.node)
         case RotateKey() as rotated:
             known = charter.members[rotated.node]
             _enter(charter, known.model_copy(update={"public_key": rotated.public_key}))
@@ -274,6 +340,26 @@ def _apply(charter: Charter, proposal: Proposal) -> None:
             charter.champions.append(model.model_hash)
         case Pause() as pause:
             charter.paused = pause.paused
+        case Challenge() as new:
+            charter.challengers[content_hash(new.plan)] = Challenger(node=proposal.proposed_by, code_hash=new.code_hash)
+
+
+def _contest(charter: Charter, entry: ContestEntry) -> str:
+    """Who fought whom: a published model of an entered plan, and the champion when the run's last round closed."""
+    published, none = charter.models.get(entry.model_hash), Code.NOT_DECIDED
+    if published is None or published.run != entry.run:
+        return f"{none}: the challenger is not the run's published model"
+    terms = charter.terms.get((entry.run, published.round))
+    if terms is None or None in (terms.entrant, terms.champion):
+        return f"{none}: there was no challenger, or nobody to challenge"
+    if (terms.entrant, terms.champion) != (entry.entrant, entry.champion_hash):
+        return f"{none}: it names another entrant or champion"
+    if entry.run in charter.contests:
+        return f"{Code.MADE_BEFORE}: the run's contest was settled before"
+    charter.contests[entry.run] = entry.won
+    if entry.won:
+        charter.authors.setdefault(charter.plans[entry.run], entry.entrant)
+    return ""
 
 
 def _attestation(charter: Charter, entry: AttestationEntry) -> str:

@@ -106,7 +106,7 @@ def node_init(
 def node_status(path: NodePath) -> None:
     """Show who the node is, what it holds and what its patients have spent."""
     from hospital_node.folder import NodeFolder
-    from hospital_node.ledger_view import alarm
+    from hospital_node.ledger_view import alarm, removed
     from hospital_node.statements import refused
     from hospital_node.store import Store
 
@@ -123,6 +123,8 @@ def node_status(path: NodePath) -> None:
             say(f"ALARM       {raised}; this node trains no further")
         for cohort, ceiling in _ceilings(home).items():
             say(f"privacy     {cohort}: patient-level epsilon {book.spent(cohort):.2f} of {ceiling:.2f}")
+        if removed(home):
+            say("REMOVED     the members voted this hospital out; see `islet federation status`")
 
 
 def _ceilings(home: NodeFolder) -> dict[Cohort, float]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -46,13 +46,19 @@ def federation_propose(
         str,
         typer.Argument(
             metavar="ACTION",
-            help="admit, remove, rotate-key, privacy-policy, credit-policy, promote, roll-back or pause.",
+            help="admit, remove, rotate-key, privacy-policy, credit-policy, promote, roll-back, pause or challenge.",
         ),
     ],
     values: Annotated[
         str, typer.Option("--values", help="The action's fields as JSON; docs/governance.md has an example of each.")
     ] = "{}",
     days: Annotated[float, typer.Option(min=0.0001, max=3650, help="Days until the proposal expires.")] = 14.0,
+    plan: Annotated[
+        Path | None, typer.Option(help="challenge: the challenger's plan, TOML, or the JSON of a calibrated one.")
+    ] = None,
+    wheel: Annotated[
+        Path | None, typer.Option(help="challenge: the wheel that nodes install for it; default: what is installed.")
+    ] = None,
     aggregator: Here = None,
 ) -> None:
     """Sign a proposal; it goes out with the node's next cosignature."""
@@ -64,6 +70,8 @@ def federation_propose(
         given = dict(json.loads(values))
     except (ValueError, TypeError) as error:
         raise BadInput("--values is not a JSON object", "docs/governance.md has an example of each action") from error
+    if plan is not None:
+        given |= _challenger(plan, wheel)
     _meet(aggregator, [path])
     with NodeFolder.open(path, sitting=True) as node:
         charter, now = ledger_view.decided(node), datetime.now(UTC)
@@ -196,6 +204,14 @@ def federation_status(
     with _ledger(path) as book:
         decide(book, _now())
         typer.echo(render(book.charter(), _now()))
+
+
+def _challenger(plan: Path, wheel: Path | None) -> dict[str, Any]:
+    from pipeline.bundle import code_hash, wheel_hash
+    from pipeline.plans import load_calibrated, load_plan
+
+    read = load_plan(plan) if plan.suffix == ".toml" else load_calibrated(plan)
+    return {"plan": read.model_dump(mode="json"), "code_hash": wheel_hash(wheel) if wheel else code_hash()}
 
 
 def _meet(aggregator: Path | None, nodes: Sequence[Path], registry: Path = Path()) -> None:

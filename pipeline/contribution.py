@@ -15,7 +15,7 @@ from data_schemas.messages import EpochRelease
 from pipeline.shapley import EXACT_NODES
 
 # The unit of all arithmetic below: 1e-9 mg/dL.
-_NANO = 10**9
+NANO = 10**9
 # Two-sided 95% of a normal distribution.
 _Z95 = 1.96
 # A node is paid only from this part (numerator, denominator) of the federation's mean score per declared patient on.
@@ -25,8 +25,8 @@ MIN_SCORERS = 2
 
 
 @dataclass(frozen=True)
-class _Score:
-    """One scorer's view of one node, in 1e-9 mg/dL, and the scorer's weight (held-out patients)."""
+class Score:
+    """One scorer's view of one node, or of a model, in 1e-9 mg/dL, and the scorer's weight (held-out patients)."""
 
     value: int
     margin: int
@@ -56,15 +56,16 @@ def credit(
     Raises BadInput on a repeated release or node, a missing value, or a pot, noise or weight out of range.
     """
     _check(releases, nodes, pot_micro_credits)
-    rows = [_score_node(node, releases) for node in nodes]
+    told = [(release, _all_scores(release)) for release in releases]
+    rows = [_score_node(node, told) for node in nodes]
     earned = _above_floor([max(0, score) for score, _, _ in rows], nodes, declared)
     amounts = _largest_remainder(earned, nodes, pot_micro_credits)
     lines = tuple(
         CreditLine(
             node=node,
-            shapley_mg_dl=score / _NANO,
-            interval_low_mg_dl=low / _NANO,
-            interval_high_mg_dl=high / _NANO,
+            shapley_mg_dl=score / NANO,
+            interval_low_mg_dl=low / NANO,
+            interval_high_mg_dl=high / NANO,
             micro_credits=amount,
         )
         for node, (score, low, high), amount in zip(nodes, rows, amounts, strict=True)
@@ -89,13 +90,22 @@ def mode_of(admitted: Iterable[int]) -> CreditMode:
     return "exact-shapley-weighted-median" if exact else "sampled-shapley-weighted-median"
 
 
-def _score_node(node: str, releases: Sequence[EpochRelease]) -> tuple[int, int, int]:
-    """Score, low and high of one node, in 1e-9 mg/dL."""
-    scores = _scores_of(node, releases)
+def _score_node(node: str, told: Sequence[tuple[EpochRelease, list[Score]]]) -> tuple[int, int, int]:
+    """Score, low and high of one node, in 1e-9 mg/dL. told: releases, each with all its scores."""
+    scores = [
+        said[release.nodes.index(node)]
+        for release, said in told
+        if release.node != node and said and node in release.nodes
+    ]
     if len(scores) < MIN_SCORERS:
-        reach = _widest(scores or [s for other in releases for s in _all_scores(other)])
+        reach = _widest(scores or [score for _, said in told for score in said])
         return 0, -reach, reach
-    scores = _capped(scores)
+    return settled(scores)
+
+
+def settled(found: Sequence[Score]) -> tuple[int, int, int]:
+    """Weighted median of what at least MIN_SCORERS say, no weight above all the others', and its 95% interval."""
+    scores = _capped(found)
     return (
         _weighted_median([(s.value, s.weight) for s in scores]),
         _weighted_median([(s.value - s.margin, s.weight) for s in scores]),
@@ -103,23 +113,20 @@ def _score_node(node: str, releases: Sequence[EpochRelease]) -> tuple[int, int, 
     )
 
 
-def _scores_of(node: str, releases: Sequence[EpochRelease]) -> list[_Score]:
-    return [
-        _all_scores(release)[release.nodes.index(node)]
-        for release in releases
-        if release.node != node and node in release.nodes and _all_scores(release)
-    ]
-
-
-def _all_scores(release: EpochRelease) -> list[_Score]:
+def _all_scores(release: EpochRelease) -> list[Score]:
     """One score per node of the release; none when it abstained or no held-out patient stands behind it."""
     if release.abstained or release.declared_heldout_patients == 0:
         return []
-    margin, weight = _nano(_Z95 * release.noise_std_mg_dl), release.declared_heldout_patients
-    return [_Score(_nano(value), margin, weight) for value in release.shapley_mg_dl]
+    noise, weight = release.noise_std_mg_dl, release.declared_heldout_patients
+    return [score_of(value, noise, weight) for value in release.shapley_mg_dl]
 
 
-def _widest(scores: Sequence[_Score]) -> int:
+def score_of(value_mg_dl: float, noise_std_mg_dl: float, weight: int) -> Score:
+    """Read a released value: rounded once to 1e-9 mg/dL, with the margin that its noise leaves at 95%."""
+    return Score(_nano(value_mg_dl), _nano(_Z95 * noise_std_mg_dl), weight)
+
+
+def _widest(scores: Sequence[Score]) -> int:
     """Farthest that any of the scores could reach from zero: all that is known of a node too few have scored."""
     return max((abs(s.value) + s.margin for s in scores), default=0)
 
@@ -136,7 +143,7 @@ def _above_floor(scores: Sequence[int], nodes: Sequence[str], declared: Mapping[
     ]
 
 
-def _capped(scores: Sequence[_Score]) -> list[_Score]:
+def _capped(scores: Sequence[Score]) -> list[Score]:
     """Scores whose largest weight is below the sum of the others' (equal to it where there are two scorers)."""
     ordered = sorted((s.weight for s in scores), reverse=True)
     rest = sum(ordered[1:])
@@ -171,7 +178,7 @@ def _largest_remainder(shares: Sequence[int], names: Sequence[str], pot: int) ->
 
 
 def _nano(value: float) -> int:
-    return round(value * _NANO)
+    return round(value * NANO)
 
 
 def _check(releases: Sequence[EpochRelease], nodes: Sequence[str], pot: int) -> None:

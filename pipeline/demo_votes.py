@@ -19,7 +19,7 @@ def meeting(folder: AggregatorFolder, nodes: Sequence[Path]) -> Iterator[Table]:
     from aggregator.assembly import Table
     from aggregator.courier import Courier
     from aggregator.embedded_grid import EmbeddedGrid
-    from aggregator.rounds import GridExchange
+    from aggregator.grid_exchange import GridExchange
     from hospital_node.client_app import app
 
     settings = folder.settings

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import gc
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from data_schemas.errors import BadInput
-from data_schemas.ledger import CreditEntry, Entry, MemberEntry, ModelEntry, PlanEntry, RoundEntry
-from data_schemas.messages import SignedRelease, SignedUpdate
+from data_schemas.ledger import ContestEntry, CreditEntry, Entry, MemberEntry, ModelEntry, PlanEntry, RoundEntry
+from data_schemas.messages import SignedRelease, SignedUpdate, contest_name, is_contest
 from pipeline.charter import Charter
+from pipeline.contest import contest_entry, recipe_shares
 from pipeline.contribution import credit, mode_of
 from pipeline.inclusion import said_by, signed_parts
 from pipeline.signing import verify
@@ -20,7 +23,7 @@ class Replay:
 
     members: all there ever were. rounds: how many updates each admitted. signatures: whether those of members inside
     the next entry are checked; set it off for what was checked before. vouched: members whose signatures need no check
-    there, because they cosigned it.
+    there, because they cosigned it. contested: releases with a contest's value, by its name, until it is settled.
     """
 
     charter: Charter = field(default_factory=Charter)
@@ -36,9 +39,22 @@ class Replay:
     counts: dict[str, int] = field(default_factory=dict)
     micro_credits: dict[str, int] = field(default_factory=dict)
     unpaid: int = 0
+    contested: dict[str, tuple[SignedRelease, ...]] = field(default_factory=dict)
 
 
-def fault(entry: Entry, so_far: Replay, payload: bytes = b"", at: str = "") -> str:
+@contextmanager
+def without_collector() -> Iterator[None]:
+    """Pause Python's collector of cycles: a replay makes millions of objects without one, and would pay it a third."""
+    running = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if running:
+            gc.enable()
+
+
+def fault(entry: Entry, so_far: Replay, payload: bytes = b"", at: str = "") -> str:  # noqa: PLR0911
     """Say what is wrong with the next entry; empty when nothing is, and then `so_far` has taken it in.
 
     `payload` is the entry as logged: what members signed is cut out of it instead of being written anew.
@@ -54,6 +70,8 @@ def fault(entry: Entry, so_far: Replay, payload: bytes = b"", at: str = "") -> s
             return _round_fault(entry, so_far) or _signature_fault(entry.admitted, so_far, payload)
         case CreditEntry():
             return _credit_fault(entry, so_far) or _signature_fault(entry.releases, so_far, payload)
+        case ContestEntry():
+            return _contest_fault(entry, so_far)
         case ModelEntry():
             return _model_fault(entry, so_far)
         case _:
@@ -138,9 +156,17 @@ def _credit_fault(entry: CreditEntry, so_far: Replay) -> str:
     so_far.epochs.add((entry.run, entry.epoch))
     so_far.paid_rounds |= rounds
     so_far.unpaid += entry.unpaid_micro_credits
-    for line in entry.lines:
-        so_far.micro_credits[line.node] = so_far.micro_credits.get(line.node, 0) + line.micro_credits
+    for node, micro_credits in entry.earned().items():
+        so_far.micro_credits[node] = so_far.micro_credits.get(node, 0) + micro_credits
+    so_far.contested |= {name: entry.releases for s in entry.releases for name in s.release.nodes if is_contest(name)}
     return ""
+
+
+def _contest_fault(entry: ContestEntry, so_far: Replay) -> str:
+    released = so_far.contested.pop(contest_name(entry.model_hash, entry.champion_hash), ())
+    releases = [signed.release for signed in released]
+    expected = contest_entry(entry.run, entry.entrant, entry.model_hash, entry.champion_hash, releases)
+    return "" if entry == expected else "its scores or its result do not follow from the releases"
 
 
 def _epoch_fault(entry: CreditEntry, rounds: set[tuple[str, int]], so_far: Replay) -> str:
@@ -157,12 +183,17 @@ def _epoch_fault(entry: CreditEntry, rounds: set[tuple[str, int]], so_far: Repla
 
 
 def _sum_fault(entry: CreditEntry, so_far: Replay) -> str:
-    if sum(line.micro_credits for line in entry.lines) + entry.unpaid_micro_credits != entry.pot_micro_credits:
+    if sum(entry.earned().values()) + entry.unpaid_micro_credits != entry.pot_micro_credits:
         return "credits and unpaid do not sum to the pot"
+    terms = so_far.charter.terms
+    closed = [terms[place] for number in entry.rounds if (place := (entry.run, number)) in terms]
+    if entry.algorithm != recipe_shares(closed, entry.pot_micro_credits // max(len(entry.rounds), 1)):
+        return "what the recipe earns does not follow from the policy"
     try:
         declared = {name: member.declared_training_patients for name, member in so_far.members.items()}
         releases, nodes = [s.release for s in entry.releases], [line.node for line in entry.lines]
-        lines, unpaid = credit(releases, nodes, entry.pot_micro_credits, declared)
+        for_data = entry.pot_micro_credits - sum(share.micro_credits for share in entry.algorithm)
+        lines, unpaid = credit(releases, nodes, for_data, declared)
     except BadInput as error:
         return error.message
     return "" if (lines, unpaid) == (entry.lines, entry.unpaid_micro_credits) else "credits do not follow from releases"
@@ -181,5 +212,7 @@ def nickname(entry: Entry) -> str:
             return f"round {entry.round}"
         case CreditEntry():
             return f"credit of epoch {entry.epoch}"
+        case ContestEntry():
+            return f"contest of {entry.run}"
         case _:
             return str(entry.kind)

@@ -44,3 +44,14 @@ def load_plan(
     except ValidationError as error:
         where = ", ".join(".".join(map(str, e["loc"])) for e in error.errors())
         raise BadInput(f"plan {path.name} has wrong values at: {where}", "see docs/plans.md") from error
+
+
+def load_calibrated(path: Path) -> TrainingPlan:
+    """Read the JSON of a plan whose noise was solved for before. Raises BadInput naming what is wrong."""
+    try:
+        return TrainingPlan.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise BadInput(f"cannot read plan {path.name}", "put the plan into the aggregator's folder") from error
+    except ValidationError as error:
+        where = ", ".join(".".join(map(str, e["loc"])) for e in error.errors())
+        raise BadInput(f"plan {path.name} has wrong values at: {where}", "see docs/plans.md") from error

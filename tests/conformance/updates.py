@@ -25,7 +25,7 @@ from aggregator.aggregation import model_hash
 from aggregator.collecting import collect
 from aggregator.courier import Courier
 from aggregator.embedded_grid import EmbeddedGrid
-from aggregator.rounds import GridExchange
+from aggregator.grid_exchange import GridExchange
 from aggregator.settings import AggregatorSettings
 from data_schemas.canonical import bytes_hash
 from data_schemas.frozen import Frozen

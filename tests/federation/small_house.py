@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from aggregator import governance, settings
 from aggregator.assembly import Sitting, Table, sit
@@ -18,7 +19,7 @@ from data_schemas.canonical import bytes_hash
 from data_schemas.governance import StatementCode
 from data_schemas.ledger import MemberEntry, ModelEntry
 from data_schemas.plan import RELATION
-from hospital_node import ledger_view, statements
+from hospital_node import ledger_copy, ledger_view, statements
 from hospital_node.folder import NodeFolder
 from pipeline.charter import Charter
 from pipeline.demo_votes import meeting
@@ -64,6 +65,11 @@ class House:
         """What a node's own copy says."""
         with NodeFolder.open(self.homes[name], sitting=True) as node:
             return ledger_view.decided(node)
+
+    def copy_of_credits(self, name: str) -> dict[str, int]:
+        """Micro-credits by hospital, as a node's own copy adds them up."""
+        with NodeFolder.open(self.homes[name], sitting=True) as node:
+            return ledger_copy.read(node).replay.micro_credits
 
     def propose(self, action: dict[str, Any], by: str = "alder", days: float = 14) -> Path:
         """Sign a proposal at home."""
@@ -127,9 +133,9 @@ def member(home: Path) -> MemberEntry:
         )
 
 
-def publish(house: House, seed: int, *, lie: float = 0.0) -> str:
+def publish(house: House, seed: int, *, lie: float = 0.0, weights: NDArray[np.float32] | None = None) -> str:
     """Let the aggregator release a model: on its shelf and in the ledger. lie: added to the epsilon of its card."""
-    weights = small_node.base_weights(PLAN, seed)
+    weights = small_node.base_weights(PLAN, seed) if weights is None else weights
     digest = bytes_hash(np.ascontiguousarray(weights).tobytes())
     trained_on = tuple(TrainedOn(node=n, declared_training_patients=10, declared_heldout_patients=4) for n in NAMES)
     privacy = CardPrivacy(unit="patient", epsilon=3.0 + lie, delta=1e-5, rounds=4, noise_source="seeded")

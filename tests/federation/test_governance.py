@@ -23,7 +23,7 @@ from data_schemas.governance import ProposalEntry, StatementCode, VoteEntry
 from data_schemas.ledger import PlanEntry
 from data_schemas.messages import RefusalCode, SignedUpdate, TrainTask
 from data_schemas.plan import PrivacyEvent
-from hospital_node import champion, statements
+from hospital_node import champion, ledger_view, statements
 from hospital_node.endpoint import create_app
 from hospital_node.folder import NodeFolder
 from pipeline.cli_governance import federation_enter
@@ -180,7 +180,7 @@ def test_nothing_senseless_is_signed(house: House) -> None:
 
 
 def test_removing_needs_two_thirds_of_the_others(house: House) -> None:
-    """Two of the four others are too few, three remove; the removed hospital is refused from then on."""
+    """Two of the four others are too few, three remove; the removed hospital is told, and refused from then on."""
     house.now = datetime.now(UTC)
     house.propose({"action": "remove", "node": "elm"})
     house.sit()
@@ -188,11 +188,16 @@ def test_removing_needs_two_thirds_of_the_others(house: House) -> None:
     with pytest.raises(CheckFailed, match="may-not-vote"):
         house.vote("elm")
     assert house.sit().decided == ()
+    late = house.propose(PAUSE, by="elm")
     house.vote("cedar")
-    assert [made.accepted for made in house.sit().decided] == [True]
+    assert [made.accepted for made in house.sit(NAMES[:-1]).decided] == [True]
     assert "elm" not in house.charter().members
+    assert "elm" in house.copy_at("elm").members
     assert house.sit().cosigned_by == NAMES[:-1]
-    late = house.propose(PAUSE, by="elm")  # it was not shown its removal
+    with NodeFolder.open(house.homes["elm"], sitting=True) as node:
+        assert ledger_view.removed(node)
+    with pytest.raises(CheckFailed, match="not-a-member"):
+        house.propose({"action": "pause", "paused": False}, by="elm")
     assert house.sit().entered == 0
     with pytest.raises(BadInput, match="other-members"):
         federation_enter(house.folder.path, [late])
