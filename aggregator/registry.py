@@ -26,6 +26,7 @@ from typing import Any
 from aggregator.progress import RoundSummary
 from aggregator.registry_store import ARTIFACTS, DATABASE, STORE, RegistryFailed, parse_uri, relocate
 from aggregator.registry_text import (
+    EXPERIMENT,
     EXPERIMENT_NOTE,
     MODEL_NOTE,
     declaration,
@@ -48,7 +49,6 @@ from pipeline.windows import FEATURES, WindowSpec
 
 __all__ = ["Published", "Registry", "RegistryFailed", "load_exported", "relocate"]
 
-EXPERIMENT = "islet-federation"
 CHAMPION, CHALLENGER = "champion", "challenger"
 _BATCH = 1000  # MLflow's limit on metrics in one batch
 

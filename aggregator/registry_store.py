@@ -6,6 +6,7 @@ import sqlite3
 from contextlib import closing
 from pathlib import Path
 
+from aggregator.registry_text import EXPERIMENT, REVIEW_VIEW, review_view
 from data_schemas.errors import BadInput, IsletError
 from pipeline.model_card import MODEL_NAME
 
@@ -42,6 +43,27 @@ def relocate(root: Path) -> int:
             return sum(connection.execute(statement).rowcount for statement in statements)
     except sqlite3.Error as error:
         raise RegistryFailed("the store's locations were not changed", "check that it is an MLflow store") from error
+
+
+def review_path(root: Path) -> str:
+    """Path within MLflow of the newest runs in the reviewer's view, which is put into the store if need be.
+
+    Raises BadInput, RegistryFailed.
+    """
+    database = root / DATABASE
+    if not database.exists():
+        raise BadInput(f"{root} holds no {DATABASE}", "give the folder of a run; `islet demo` makes one")
+    try:
+        with closing(sqlite3.connect(database, timeout=30)) as connection, connection:
+            named = "SELECT experiment_id FROM experiments WHERE name = ? AND lifecycle_stage = 'active'"
+            found = connection.execute(named, (EXPERIMENT,)).fetchone()
+            if found is None:
+                raise BadInput(f"{database} holds no run of Islet", "finish a run first")
+            put = "INSERT OR REPLACE INTO experiment_tags (key, value, experiment_id) VALUES (?, ?, ?)"
+            connection.execute(put, (*review_view(), found[0]))
+    except sqlite3.Error as error:
+        raise RegistryFailed("the store cannot be read", "check that it is an MLflow store") from error
+    return f"#/experiments/{found[0]}/runs?viewStateShareKey={REVIEW_VIEW}&workflowType=machine_learning"
 
 
 def _relative(location: str | None) -> str | None:

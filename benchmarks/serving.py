@@ -11,7 +11,8 @@ one core can give, and other programs on the machine change it least.
     islet     the whole endpoint: key, rate limit, audit log, 48 timestamped readings, rules, 12 points, probabilities
     mlflow    `mlflow models serve` of the same model folder (python_function flavour), tensors in, tensors out
 
---soak sends that many requests to the endpoint and prints its errors and how its memory grew.
+--soak sends that many requests to the endpoint, switching the model every tenth of them, and prints its errors, the
+switches that the answers show, and how its memory grew.
 """
 
 from __future__ import annotations
@@ -130,11 +131,11 @@ def main() -> None:
             connections["mlflow"] = _connections(ports["mlflow"], "/invocations", {}, body)
         _report(*_compare(connections, sessions, asked.requests))
         if asked.soak:
-            _soak(ports["islet"], headers, sessions["islet"], asked.soak)
+            _soak(ports["islet"], headers, sessions["islet"], asked.soak, model)
 
 
 def _prepare(root: Path) -> tuple[Path, Path, str]:
-    """Make a node, a model of realistic size and a key."""
+    """Make a node, two models of realistic size, a link to the first, and a key."""
     from data_schemas.canonical import bytes_hash
     from data_schemas.plan import ModelSpec
     from hospital_node.api_keys import create_key
@@ -150,16 +151,24 @@ def _prepare(root: Path) -> tuple[Path, Path, str]:
         NodeSettings(name="bench", federation="bench", declared_training_patients=10, declared_heldout_patients=5),
     )
     spec = ModelSpec(history_minutes=HISTORY_MINUTES, hidden_size=HIDDEN_SIZE)
-    weights = flatten(Forecaster(ForecasterSpec(hidden_size=HIDDEN_SIZE), seed=0))
-    card = ModelCard(
-        version="1",
-        model_hash=bytes_hash(weights.tobytes()),
-        spec=spec,
-        trained_on=(TrainedOn(node="bench", declared_training_patients=10, declared_heldout_patients=5),),
-        privacy=CardPrivacy(unit="patient", epsilon=8.0, delta=1e-5, rounds=1, noise_source="seeded"),
-    )
-    folder = write_model(root / "model", weights, spec, card).folder
-    return home, folder, create_key(home, "all", time.time())[1]
+    for number in range(2):
+        weights = flatten(Forecaster(ForecasterSpec(hidden_size=HIDDEN_SIZE), seed=number))
+        card = ModelCard(
+            version=str(number),
+            model_hash=bytes_hash(weights.tobytes()),
+            spec=spec,
+            trained_on=(TrainedOn(node="bench", declared_training_patients=10, declared_heldout_patients=5),),
+            privacy=CardPrivacy(unit="patient", epsilon=8.0, delta=1e-5, rounds=1, noise_source="seeded"),
+        )
+        write_model(root / f"model-{number}", weights, spec, card)
+    return home, _serve_model(root / "model", 0), create_key(home, "all", time.time())[1]
+
+
+def _serve_model(link: Path, number: int) -> Path:
+    """Move a new link over the one that the endpoint follows, as an operator does."""
+    fresh = link.with_name("new")
+    fresh.symlink_to(f"model-{number}")
+    return fresh.replace(link)
 
 
 def _times() -> list[datetime]:
@@ -301,19 +310,24 @@ def _report(alone: Times, together: Times, cpu: Times) -> None:
         print(f"{name:<8}{line}")
 
 
-def _soak(port: int, headers: dict[str, str], pid: int, requests: int) -> None:
-    """Send many requests, with fresh readings every thousand, and tell errors and memory."""
-    errors, sizes = 0, []
-    started = time.perf_counter()
+def _soak(port: int, headers: dict[str, str], pid: int, requests: int, link: Path) -> None:
+    """Send many requests, with fresh readings every thousand; tell errors, switches of the model, and memory."""
+    errors, sizes, versions = 0, [], [b"0"]
+    started, tenth = time.perf_counter(), max(1, requests // 10)
     for done in range(requests):
         if done % 1000 == 0:
             connection = Connection(port, "/v1/forecast", headers, _readings())
-        errors += connection.ask()[0] != 200
-        if done % max(1, requests // 10) == 0:
+        if done % tenth == 0:
             sizes.append(_resident_mib(pid))
+            _serve_model(link, (len(sizes) + 1) % 2)
+        status, body = connection.ask()
+        errors += status != 200
+        version = body.partition(b'"model_version":"')[2][:1]
+        if version != versions[-1]:
+            versions.append(version)
     sizes.append(_resident_mib(pid))
     rate = requests / (time.perf_counter() - started)
-    print(f"soak: {requests:,} requests, {errors} errors, {rate:.0f} requests/s")
+    print(f"soak: {requests:,} requests, {errors} errors, {len(versions) - 1} model switches, {rate:.0f} requests/s")
     print("resident MiB: " + " ".join(f"{size:.1f}" for size in sizes))
 
 

@@ -14,8 +14,8 @@ from data_schemas.units import RESEARCH_LABEL
 
 GlucoseUnit = Literal["mg/dL", "mmol/L"]
 SIMULATION_LABEL = (
-    "Simulation of the scenario that was sent, not a forecast and not advice. Nothing in it was learned from this "
-    "person, and no dose follows from it."
+    "Simulation of the scenario that was sent, not a forecast and not advice. What the plan would do was not learned "
+    "from this person, and no dose follows from it."
 )
 
 

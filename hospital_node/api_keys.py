@@ -124,7 +124,7 @@ class KeyRing:
     """The node's keys as a running endpoint sees them: read again whenever the file changes."""
 
     def __init__(self, node_home: Path) -> None:
-        self._home = node_home
+        self._home, self._file = node_home, str(key_file(node_home))
         self._seen: tuple[tuple[int, int, int] | None, tuple[ApiKey, ...]] = (None, ())
 
     def find(self, presented: str) -> ApiKey | None:
@@ -154,7 +154,7 @@ class KeyRing:
     def _version(self) -> tuple[int, int, int] | None:
         """Identity of the file: every write makes a new inode."""
         try:
-            status = key_file(self._home).stat()
+            status = os.stat(self._file)  # noqa: PTH116 at every request: a path object costs as much as the look
         except FileNotFoundError:
             return None
         return status.st_ino, status.st_mtime_ns, status.st_size

@@ -67,7 +67,8 @@ def clinic_page(
         "now": f"{datetime.fromtimestamp(now_s, tz=zone):%A %d %B %Y, %H:%M}",
         "zone": zone.key,
         "alarm": alarm(NodeFolder(home, settings)),
-        "switch": participation(home),
+        "switch": (switch := participation(home)),
+        "since": _moment(switch.since, zone) if switch.since else "",
         **_federation(proof, settings.name),
         "round": _round(proof, settings.name, zone),
         "model": model,
@@ -115,6 +116,10 @@ def _line(line: Access, zone: ZoneInfo) -> dict[str, str]:
     }
 
 
+def _moment(iso: str, zone: ZoneInfo) -> str:
+    return f"{datetime.fromisoformat(iso).astimezone(zone):%d %b %H:%M}"
+
+
 def _federation(proof: LedgerProof | None, name: str) -> dict[str, Any]:
     """Who is in, what they agreed on, how much waits for a vote, and whether this hospital was removed."""
     charter = None if proof is None else proof.charter
@@ -143,7 +148,7 @@ def _round(proof: LedgerProof | None, name: str, zone: ZoneInfo) -> dict[str, An
     return {
         "number": entry.round,
         "run": entry.run,
-        "when": f"{datetime.fromisoformat(line.recorded_at).astimezone(zone):%d %b %H:%M}",
+        "when": _moment(line.recorded_at, zone),
         "hospitals": len(entry.admitted),
         "ours": "this hospital's update is in it" if took else absent,
     }
@@ -201,15 +206,15 @@ def _budget_line(book: BudgetBook, cohort: Cohort, settings: NodeSettings) -> Bu
     spent = 0.0 if last is None else last.epsilon_after
     left = -1 if last is None else book.rounds_left(cohort, last.event, ceiling)
     name, what = _COHORTS[cohort], "rounds" if cohort == "training" else "releases"
-    words = f"{name}: epsilon {spent:.2f} of {ceiling:g} spent"
+    words = f"{name}: epsilon {spent:.2f} of {ceiling:g} spent per patient"
     more = "" if left < 0 else f"{left:,}" + (" or more" if left == MOST_ROUNDS else "")
-    drawn = charts.gauge(spent / ceiling, words, f"ε {spent:.2f}", f"of {ceiling:g} spent")
+    drawn = charts.gauge(spent / ceiling, words, f"ε {spent:.2f}", f"of {ceiling:g} per patient")
     return BudgetLine(name, f"{spent:.2f}", f"{ceiling:g}", more, what, drawn)
 
 
 def _release(row: Reservation, zone: ZoneInfo) -> dict[str, str]:
     return {
-        "when": f"{datetime.fromisoformat(row.at).astimezone(zone):%d %b %H:%M}",
+        "when": _moment(row.at, zone),
         "run": row.run,
         "who": row.asked_by,
         "cohort": _COHORTS[row.cohort],

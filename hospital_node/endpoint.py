@@ -30,7 +30,7 @@ from hospital_node.access import Guard
 from hospital_node.audit_log import AuditLog
 from hospital_node.credit_proof import ProofDesk
 from hospital_node.exchange_routes import add_fhir_routes, add_nightscout_routes
-from hospital_node.forecast_routes import ForecastRequest, add_forecast_routes, add_status_routes
+from hospital_node.forecast_routes import ForecastRequest, WhatIfRequest, add_forecast_routes, add_status_routes
 from hospital_node.held_readings import HeldReadings
 from hospital_node.own_patients import OwnPatients
 from hospital_node.page_routes import add_page_routes
@@ -55,7 +55,9 @@ from hospital_node.switch_routes import add_switch_routes
 from hospital_node.traffic import OUTCOME, BodyLimit, Counted, Traffic
 from pipeline.what_if import UnusableScenario
 
-_BODIES: tuple[type[Frozen], ...] = (ForecastRequest, ReadingsUpload)
+_BODIES: tuple[type[Frozen], ...] = (ForecastRequest, WhatIfRequest, ReadingsUpload)
+# Containers made before the garbage collector looks at the young ones again: about twenty answers' worth.
+GC_OBJECTS = 20_000
 # The journal is folded into the store at this many readings, and after this long at the latest.
 FOLD_ROWS, FOLD_SECONDS, FOLD_LOOK_SECONDS = 20_000, 3600.0, 5.0
 _SECURITY = {
@@ -168,9 +170,11 @@ def serve(
         timeout_graceful_shutdown=10,
     )
     server = _Server(config)
-    # What is loaded by now stays: the collector need not walk through it again and again while requests wait.
+    # What is loaded by now stays, and an answer makes a thousand objects that die with it: the collector need not walk
+    # through the former again and again, nor look twice within each request.
     gc.collect()
     gc.freeze()
+    gc.set_threshold(GC_OBJECTS)
     try:
         server.run()
     except KeyboardInterrupt:

@@ -1,6 +1,6 @@
 """Routes that forecast, and those that tell how the node is. Annotations are evaluated: FastAPI reads them."""
 
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Annotated
 
 import numpy as np
@@ -8,7 +8,6 @@ from fastapi import FastAPI, Query, Request, Response
 from fastapi.responses import PlainTextResponse
 from pydantic import Field, StringConstraints
 from starlette.exceptions import HTTPException
-from starlette.routing import Route
 
 from data_schemas.forecast import Forecast, GlucoseUnit, NoForecast
 from data_schemas.frozen import Frozen
@@ -19,10 +18,12 @@ from hospital_node.access import to_read
 from hospital_node.problems import Declined
 from hospital_node.services import BEARER, Services, described, json_answer, problems, read_body
 from hospital_node.task_record import task_metrics
+from hospital_node.traffic import Direct
 from pipeline.forecasting import Float32, Int64
 from pipeline.model_card import ModelCard
 from pipeline.prometheus import MEDIA_TYPE, render
 
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 Pseudonym = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]{1,128}$")]
 
 
@@ -42,6 +43,13 @@ class ForecastRequest(Frozen, strict=True):
     readings: tuple[Reading, ...] = Field(min_length=1, max_length=2000)
     units: GlucoseUnit
     scenario: Scenario | None = None
+
+
+class WhatIfRequest(Frozen, strict=True):
+    """A plan to simulate beside the forecast from a person's stored readings; units are those of plan and answer."""
+
+    units: GlucoseUnit
+    scenario: Scenario
 
 
 class Ready(Frozen):
@@ -68,8 +76,7 @@ def add_forecast_routes(app: FastAPI, services: Services) -> None:
         body = await read_body(request, ForecastRequest)
         return json_answer(or_declined(services.forecast(arrays(body), body.units, scenario=body.scenario)))
 
-    # The same function once more, in front and without FastAPI's dependency solving, which it does not use.
-    app.router.routes.insert(0, Route("/v1/forecast", forecast, methods=["POST"], include_in_schema=False))
+    app.add_middleware(Direct, path="/v1/forecast", answer=forecast, handlers=app.exception_handlers)
 
     @app.get(
         "/v1/patients/{pseudonym}/forecast",
@@ -101,6 +108,21 @@ def add_forecast_routes(app: FastAPI, services: Services) -> None:
         if plain:
             return json_answer(or_declined(services.forecast(readings, units, as_of_s=as_of_s)))
         return json_answer(or_declined(await services.personal_forecast(pseudonym, readings, units, as_of_s)))
+
+    @app.post(
+        "/v1/patients/{pseudonym}/forecast",
+        response_model=Forecast,
+        responses=problems(401, 403, 404, 409, 413, 415, 422, 429, 503),
+        operation_id="stored_what_if",
+        openapi_extra=described(WhatIfRequest, BEARER),
+    )
+    async def stored_what_if(request: Request, pseudonym: Pseudonym) -> Response:
+        """Forecast from the readings the node holds, and the labelled simulation of a plan. Nothing is stored."""
+        to_read(services.guard.bearer(request), pseudonym)
+        body = await read_body(request, WhatIfRequest)
+        readings = await services.stored(pseudonym)
+        made = await services.personal_forecast(pseudonym, readings, body.units, scenario=body.scenario)
+        return json_answer(or_declined(made))
 
 
 def add_status_routes(app: FastAPI, services: Services) -> None:
@@ -135,8 +157,9 @@ def add_status_routes(app: FastAPI, services: Services) -> None:
 def arrays(body: ForecastRequest) -> tuple[Int64, Float32]:
     """Epoch seconds int64[N] and mg/dL float32[N]."""
     factor = 1.0 if body.units == "mg/dL" else MG_DL_PER_MMOL_L
-    moments = [datetime.timestamp(r.at) // 1 for r in body.readings]
-    return np.array(moments, dtype=np.int64), np.array([r.glucose * factor for r in body.readings], dtype=np.float32)
+    since = [r.at - _EPOCH for r in body.readings]
+    times = np.array([gone.days * 86_400 + gone.seconds for gone in since], dtype=np.int64)
+    return times, (np.array([r.glucose for r in body.readings]) * factor).astype(np.float32)
 
 
 def or_declined(answer: Forecast | NoForecast) -> Forecast:

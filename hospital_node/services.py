@@ -58,14 +58,19 @@ class Services:
         return await run_in_threadpool(self.held.readings, pseudonym)
 
     async def personal_forecast(
-        self, pseudonym: str, readings: tuple[Int64, Float32], units: GlucoseUnit, as_of_s: float | None = None
+        self,
+        pseudonym: str,
+        readings: tuple[Int64, Float32],
+        units: GlucoseUnit,
+        as_of_s: float | None = None,
+        scenario: Scenario | None = None,
     ) -> Forecast | NoForecast:
         """Forecast from a person's stored readings, corrected from that person's own past. May decline."""
         model, moment = self.served.model(), self.clock() if as_of_s is None else as_of_s
         adaptation = self.personal.kept(model, pseudonym, moment)
         if adaptation is None:
             adaptation = await run_in_threadpool(self.personal.learn, model, pseudonym, readings, moment)
-        return self.forecast(readings, units, as_of_s=as_of_s, adaptation=adaptation)
+        return self.forecast(readings, units, as_of_s=as_of_s, adaptation=adaptation, scenario=scenario)
 
     def forecast(
         self,

@@ -22,6 +22,7 @@ from pipeline import (
     cli_governance,
     cli_models,
     cli_participation,
+    cli_review,
 )
 from pipeline.cli_node import NodePath, make_node, node, say
 
@@ -47,6 +48,7 @@ cli_federation.register(ledger)
 cli_governance.register(app, aggregator)
 cli_deploy.register(aggregator, node)
 cli_models.register(app)
+cli_review.register(app)
 cli_participation.register(node)
 
 AggregatorPath = Annotated[Path, typer.Argument(metavar="AGGREGATOR", help="The aggregator's folder.")]

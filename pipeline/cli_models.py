@@ -1,4 +1,4 @@
-"""The data scientist's commands: backtest, evaluate, review."""
+"""The data scientist's commands: backtest, evaluate."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ def register(app: typer.Typer) -> None:
     """Add the commands to `islet`."""
     app.command("backtest")(backtest_command)
     app.command("evaluate")(evaluate_command)
-    app.command("review")(review_command)
 
 
 def backtest_command(
@@ -79,16 +78,3 @@ def evaluate_command(
     loaded = load_any(model) if model else None
     sites = {} if not nodes else windows_of_nodes(nodes, loaded.spec.history_minutes if loaded else 120)
     say(assess(Request(loaded, tuple(readings or ()), sites, protocol, out, zone), say))
-
-
-def review_command(
-    root: Annotated[Path, typer.Argument(help="Folder that holds mlruns/; a demo's is its --out.")] = Path(),
-) -> None:
-    """Tell how to open the runs in MLflow, and which columns to look at first."""
-    database = root / "mlruns" / "mlflow.db"
-    if not database.exists():
-        raise BadInput(f"{root} holds no mlruns/mlflow.db", "give the folder of a run; `islet demo` makes one")
-    say(f"cd {root.resolve()} && MLFLOW_DISABLE_TELEMETRY=true mlflow server --port 5000 "
-        "--backend-store-uri sqlite:///mlruns/mlflow.db")  # fmt: skip
-    say("then open http://127.0.0.1:5000 and the experiment's table of runs")
-    say("columns to show: heldout_rmse_30/* (mg/dL, lower is better), epsilon, rounds; newest first")

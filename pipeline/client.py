@@ -79,6 +79,11 @@ class Client:
         query = {"units": units} | ({} if as_of is None else {"as_of": as_of.isoformat()})
         return self._forecast("GET", f"/v1/patients/{quote(patient, safe='')}/forecast?{urlencode(query)}", None)
 
+    def stored_what_if(self, patient: str, units: GlucoseUnit, scenario: Scenario) -> Forecast | Refused:
+        """The same with the simulation of a scenario, whose moments lie in the hour after the newest reading."""
+        body = json.dumps({"units": units, "scenario": _planned(scenario)}).encode()
+        return self._forecast("POST", f"/v1/patients/{quote(patient, safe='')}/forecast", body)
+
     def add_readings(
         self, patient: str, readings: Rows, units: GlucoseUnit, idempotency_key: str | None = None
     ) -> Stored | Refused:
@@ -132,8 +137,12 @@ class Client:
 
 def _body(readings: Rows, units: GlucoseUnit, scenario: Scenario | None = None) -> bytes:
     rows = [{"at": at.isoformat(), "glucose": glucose} for at, glucose in readings]
-    planned = {} if scenario is None else {"scenario": scenario.model_dump(mode="json", exclude_none=True)}
+    planned = {} if scenario is None else {"scenario": _planned(scenario)}
     return json.dumps({"readings": rows, "units": units, **planned}).encode()
+
+
+def _planned(scenario: Scenario) -> dict[str, Any]:
+    return scenario.model_dump(mode="json", exclude_none=True)
 
 
 def _refused(told: Any, wait: str | None) -> Refused:

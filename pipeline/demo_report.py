@@ -312,7 +312,6 @@ def _summary(out: Path, data: ReportData, compared: Comparison, verified: Verify
             f"Credit (credits): {earned}",
             f"Ledger: verified, {verified.head.size} entries, cosigned by {len(verified.cosigned_by)} hospitals.",
             data.note,
-            f"Report: {out / 'report.html'}   Model: {out / 'model'}   Runs: mlflow ui --backend-store-uri "
-            "sqlite:///mlruns/mlflow.db",
+            f"Report: {out / 'report.html'}   Model: {out / 'model'}   Runs: islet review",
         )
     )

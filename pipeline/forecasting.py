@@ -157,11 +157,8 @@ def probabilities_below(threshold_mg_dl: float, quantiles: Float64) -> Float64:
 
 def _knots(q: list[float]) -> list[float]:
     """The five quantiles and the ends of the two straight tails, never decreasing."""
-    return [
-        q[0] - _LOW_TAIL * (q[1] - q[0]),
-        *itertools.accumulate(q, max),
-        max(*q, q[4] + _HIGH_TAIL * (q[4] - q[3])),
-    ]
+    rising = list(itertools.accumulate(q, max))
+    return [q[0] - _LOW_TAIL * (q[1] - q[0]), *rising, max(rising[-1], q[4] + _HIGH_TAIL * (q[4] - q[3]))]
 
 
 def _level_at(threshold: float, knots: list[float]) -> float:

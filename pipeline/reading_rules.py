@@ -58,8 +58,9 @@ def judge(time_s: Int64, glucose_mg_dl: Float32, now_s: float, windows: WindowSp
     start = int(time_s.searchsorted(time_s[-1] - windows.history_minutes * 60 - windows.jitter_seconds))
     # A few dozen numbers: plain loops are quicker than array calls.
     times, glucose = time_s[start:].tolist(), glucose_mg_dl[start:].tolist()
-    age_s, unlikely = now_s - times[-1], _unlikely_changes(times, glucose)
-    if reason := _age_reason(age_s) or _value_reason(times, glucose, unlikely, windows):
+    inside = glucose_mg_dl[start:].clip(SENSOR_MIN_MG_DL, SENSOR_MAX_MG_DL).tolist()
+    age_s, unlikely = now_s - times[-1], _unlikely_changes(times, inside)
+    if reason := age_reason(age_s) or _value_reason(times, glucose, unlikely, windows):
         return reason
     worse = {
         Quality.AGEING: age_s > AGEING_SECONDS,
@@ -72,7 +73,8 @@ def judge(time_s: Int64, glucose_mg_dl: Float32, now_s: float, windows: WindowSp
     return Fit(len(times), tuple(flag for flag, there in worse.items() if there))
 
 
-def _age_reason(age_s: float) -> NoForecast | None:
+def age_reason(age_s: float) -> NoForecast | None:
+    """What the age of the newest reading, in seconds, says against a forecast."""
     if age_s < -MAX_AHEAD_SECONDS:
         return NoForecast.FUTURE
     return NoForecast.STALE if age_s > MAX_AGE_SECONDS else None
@@ -101,9 +103,8 @@ def _enough_history(times: list[int], windows: WindowSpec) -> bool:
     return times[-1] - times[0] >= windows.min_history_minutes * 60 - windows.jitter_seconds
 
 
-def _unlikely_changes(times: list[int], glucose: list[float]) -> int:
-    """How many neighbours differ by more than training takes for one person's glucose."""
-    inside = [min(max(value, SENSOR_MIN_MG_DL), SENSOR_MAX_MG_DL) for value in glucose]
+def _unlikely_changes(times: list[int], inside: list[float]) -> int:
+    """How many neighbours, within the sensor's range, differ by more than training takes for one person's glucose."""
     return sum(
         abs(new - old) > JUMP_MG_DL + JUMP_MG_DL_PER_MIN * (after - before) / 60.0
         for old, new, before, after in zip(inside, inside[1:], times, times[1:], strict=False)

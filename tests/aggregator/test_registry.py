@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import shutil
 import sqlite3
 import subprocess
 import sys
+import zlib
 from contextlib import closing
 from pathlib import Path
 
@@ -16,6 +19,7 @@ import pytest
 from aggregator import registry
 from aggregator.progress import RoundSummary
 from aggregator.registry import Published, Registry, RegistryFailed, load_exported, relocate
+from aggregator.registry_store import review_path
 from data_schemas.canonical import bytes_hash
 from data_schemas.errors import BadInput, Tampered
 from data_schemas.ledger import CreditEntry, CreditLine, MemberEntry
@@ -258,3 +262,27 @@ def test_relocate_repairs_absolute_locations(finished: tuple[Path, str, Path, Pu
     assert load_model(load_exported("models:/islet-forecaster@champion", root)).card.version == "1"
     with pytest.raises(BadInput, match=r"holds no mlruns/mlflow\.db"):
         relocate(tmp_path)
+
+
+def test_a_reviewers_view_is_put_into_the_store_once(finished: tuple[Path, str, Path, Published]) -> None:
+    """The path names the experiment and the view; asking twice leaves one tag, whose columns the run has."""
+    root = finished[0]
+    path = review_path(root)
+    assert path == review_path(root)
+    with closing(sqlite3.connect(root / "mlruns" / "mlflow.db")) as db:
+        told = db.execute("SELECT experiment_id, value FROM experiment_tags WHERE key LIKE '%sharedView%'").fetchall()
+        params = {key for (key,) in db.execute("SELECT DISTINCT key FROM params")}
+    ((experiment, packed),) = told
+    assert path.startswith(f"#/experiments/{experiment}/runs?viewStateShareKey=reviewer")
+    state = json.loads(zlib.decompress(base64.b64decode(packed.removeprefix("deflate;"))))
+    assert set(state["selectedColumns"]) < set(state["columnOrder"])
+    shown = {name[8:-1] for name in state["selectedColumns"] if name.startswith("params.")}
+    assert shown
+    assert shown <= params
+    assert len(packed) < 5000  # MLflow's limit on a tag
+
+
+def test_a_review_of_nothing_says_what_to_do(tmp_path: Path) -> None:
+    """A folder without a store is a plain error."""
+    with pytest.raises(BadInput, match="holds no"):
+        review_path(tmp_path)

@@ -11,7 +11,7 @@ import pytest
 
 from data_schemas.forecast import SIMULATION_LABEL
 from tests.hospital_node import serving_node
-from tests.hospital_node.serving_node import LAST, Served
+from tests.hospital_node.serving_node import LAST, OTHER, PERSON, Served
 
 # What a scenario may hold, and nothing else of the API.
 INPUTS = {"carbs_g", "insulin_u", "insulin_sensitivity", "carbohydrate_ratio"}
@@ -20,7 +20,7 @@ WORDS = ("dose", "dosing", "bolus", "basal", "insulin", "carb", "recommend", "ad
 
 @pytest.fixture
 def served(tmp_path: Path) -> Iterator[Served]:
-    made = serving_node.make(tmp_path, patients=1)
+    made = serving_node.make(tmp_path, patients=2)
     with made.client:
         yield made
 
@@ -104,3 +104,27 @@ def test_a_target_or_a_missing_number_is_refused(served: Served) -> None:
     told = answer.json()
     assert (answer.status_code, told["type"]) == (422, "urn:islet:problem:scenario-unusable")
     assert told["errors"][0]["pointer"] == "/body/scenario/insulin_sensitivity"
+
+
+def test_stored_readings_may_be_asked_what_if(served: Served) -> None:
+    """The same plan over a person's stored readings: the personal forecast stays, the labelled curve stands beside."""
+    path, scenario = f"/v1/patients/{PERSON}/forecast", body(carbs_g=34.56)["scenario"]
+    forecast = served.client.get(path, headers=served.key("one")).json()
+    answer = served.client.post(path, json={"units": "mg/dL", "scenario": scenario}, headers=served.key("one"))
+    told = answer.json()
+    assert answer.status_code == 200
+    assert told["personal"]
+    assert {**told, "simulation": None} == forecast
+    assert (told["simulation"]["label"], told["simulation"]["basis"]) == (SIMULATION_LABEL, "physiology")
+    assert told["simulation"]["points"][-1]["p50"] > told["points"][-1]["p50"]
+    assert not any(value in answer.text for value in ("34.56", "43.21", "9.87"))
+
+
+def test_a_plan_for_somebody_else_or_for_another_hour_is_refused(served: Served) -> None:
+    """Another person's key is 403 before the body is read; a moment outside the hour is named by its pointer."""
+    sent = {"units": "mg/dL", "scenario": body(carbs_g=30)["scenario"]}
+    other = served.client.post(f"/v1/patients/{OTHER}/forecast", json=sent, headers=served.key("one"))
+    assert other.status_code == 403
+    sent["scenario"]["planned"][0]["at"] = (LAST + timedelta(hours=2)).isoformat()
+    late = served.client.post(f"/v1/patients/{PERSON}/forecast", json=sent, headers=served.key("one"))
+    assert (late.status_code, late.json()["errors"][0]["pointer"]) == (422, "/body/scenario/planned/0/at")
