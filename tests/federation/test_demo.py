@@ -1,5 +1,6 @@
 """The main job: a short demo on the real sample exports, killed in the middle, resumed, finished and shown again."""
 
+import json
 import os
 import shutil
 import signal
@@ -65,6 +66,16 @@ def test_a_killed_demo_resumes_and_ends_with_the_table(finished: tuple[Path, str
     assert "registered models:/islet-forecaster@challenger" in text
     assert "vote: 6 hospitals made it the champion; 6 nodes serve it" in text
     assert "a held-out patient of arizona asked" in text
+
+
+def test_the_run_in_mlflow_shows_what_privacy_costs_and_withstands(finished: tuple[Path, str]) -> None:
+    """Beside the run lie the picture of error against epsilon, and a card with an attack on both models."""
+    (card,) = (finished[0] / "mlruns" / "artifacts" / "islet-federation").glob("*/artifacts/model_card.json")
+    attacks = {m["model"]: m for m in json.loads(card.read_text())["membership"]}
+
+    assert (card.parent / "plots" / "error_against_epsilon.png").read_bytes().startswith(b"\x89PNG")
+    assert {"federated", "pooled"} == set(attacks)
+    assert all(0 <= m["low"] <= m["auc"] <= m["high"] <= 1 and m["members"] > m["others"] for m in attacks.values())
 
 
 def test_each_round_was_paid_for_once(finished: tuple[Path, str]) -> None:
