@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from aggregator.aggregation import model_hash
 from aggregator.courier import CONTEST, Courier
-from aggregator.epochs import acknowledged
+from aggregator.epochs import acknowledged, ask_twice
 from aggregator.governance import Federation
 from data_schemas.ledger import ContestEntry
 from data_schemas.messages import ContestTask, contest_name
@@ -42,8 +42,7 @@ def hold(
         champion_hash=terms.champion,
     )
     members, arrays = federation.members, {"weights": weights}
-    tasks = dict.fromkeys(members, task)
-    replies = courier.ask(CONTEST, tasks, members, timeout_s=timeout_s, arrays=arrays, group="contest")
+    replies = ask_twice(courier, CONTEST, task, members, timeout_s=timeout_s, arrays=arrays, group="contest")
     acknowledged(replies, plan.rounds, task.model_hash)
     return (task.value_name,)
 

@@ -16,6 +16,7 @@ from aggregator.admission import RejectionCode, is_hash
 from aggregator.aggregation import model_hash
 from aggregator.courier import RELEASE, SCORE, Courier, Reply
 from data_schemas.canonical import canonical_bytes
+from data_schemas.frozen import Frozen
 from data_schemas.ledger import CreditEntry, MemberEntry, RoundEntry
 from data_schemas.messages import (
     EpochRelease,
@@ -34,7 +35,7 @@ from pipeline.signing import verify
 
 Members = Mapping[str, MemberEntry]
 _log = logging.getLogger("islet.aggregator")
-# Failures that may be over a moment later: a hospital is asked for its release once more.
+# Failures that may be over a moment later: a hospital is asked once more, or credit would hang on who was busy when.
 _PASSING = {
     RefusalCode.NODE_BUSY,
     RejectionCode.NOT_CONNECTED,
@@ -90,9 +91,30 @@ def score(
     timeout_s: float,
 ) -> tuple[str, ...]:
     """Have every hospital score a round (arrays: those of ScoreTask); returns who acknowledged."""
-    tasks = dict.fromkeys(members, task)
-    replies = courier.ask(SCORE, tasks, members, timeout_s=timeout_s, arrays=arrays, group=str(task.round))
+    replies = ask_twice(courier, SCORE, task, members, timeout_s=timeout_s, arrays=arrays, group=str(task.round))
     return acknowledged(replies, task.round, task.new_model_hash)
+
+
+def ask_twice(
+    courier: Courier,
+    kind: str,
+    task: Frozen,
+    members: Members,
+    *,
+    timeout_s: float,
+    group: str,
+    arrays: Mapping[str, NDArray[np.float32]] | None = None,
+) -> list[Reply]:
+    """Ask every member, and once more those that were busy or away; the last replies of each, by name."""
+    asked, last = set(members), dict[str, list[Reply]]()
+    for _ in range(2):
+        tasks = dict.fromkeys(sorted(asked), task)
+        replies = courier.ask(kind, tasks, members, timeout_s=timeout_s, arrays=arrays, group=group)
+        last |= {name: [reply for reply in replies if reply.node == name] for name in asked}
+        asked = {name for name in asked if any(reply.failure in _PASSING for reply in last[name])}
+        if not asked:
+            break
+    return [reply for name in sorted(last) for reply in last[name]]
 
 
 def acknowledged(replies: Sequence[Reply], number: int, model: str) -> tuple[str, ...]:
@@ -159,15 +181,8 @@ def collect_credit(
 
     admitted: how many updates each of the epoch's rounds admitted; terms: what held when each closed.
     """
-    usable: dict[str, SignedRelease] = {}
-    asked = set(members)
-    for _ in range(2):
-        tasks = dict.fromkeys(sorted(asked), task)
-        replies = courier.ask(RELEASE, tasks, members, timeout_s=timeout_s, group=f"epoch {task.epoch}")
-        usable |= _usable(replies, task, members)
-        asked = {reply.node for reply in replies if reply.failure in _PASSING} - usable.keys()
-        if not asked:
-            break
+    replies = ask_twice(courier, RELEASE, task, members, timeout_s=timeout_s, group=f"epoch {task.epoch}")
+    usable = _usable(replies, task, members)
     report("released", task.epoch, replies, usable.keys())
     rounds = rounds_of(task.epoch, task.plan)
     pot = task.plan.credit.pot_micro_credits_per_round * len(rounds)

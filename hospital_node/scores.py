@@ -68,7 +68,8 @@ def epoch_sums(path: Path, run: str, epoch: int, nodes: Sequence[str]) -> Vector
             db.execute("SELECT round, nodes FROM rounds WHERE run = ? AND epoch = ?", (run, epoch)).fetchall()
         )
         rows = db.execute(
-            "SELECT patient, round, shapley FROM scores WHERE run = ? AND epoch = ?", (run, epoch)
+            "SELECT patient, round, shapley FROM scores WHERE run = ? AND epoch = ? ORDER BY round, patient",
+            (run, epoch),
         ).fetchall()
     sums: dict[str, Vector] = {}
     for patient, round_number, blob in rows:

@@ -220,6 +220,8 @@ def evaluate(message: Message, context: Context) -> Message:
     assert bytes_hash(arrays["base"].tobytes()) == task.base_model_hash
     assert tuple(bytes_hash(update.tobytes()) for update in arrays["updates"]) == task.update_hashes
     _note(home, f"score {task.round}")
+    if behaviour(home) == "score-busy" and (home / "diary").read_text().count(f"score {task.round}\n") == 1:
+        return _reply(message, Refusal(code=RefusalCode.NODE_BUSY))
     return _reply(message, Scored(round=task.round, new_model_hash=task.new_model_hash))
 
 

@@ -162,6 +162,14 @@ def test_a_busy_hospital_is_asked_again_and_the_others_are_not(tmp_path: Path) -
     assert all(len(entry.admitted) == 3 for entry in small.entries(tmp_path) if isinstance(entry, RoundEntry))
 
 
+def test_a_hospital_that_was_busy_scores_all_the_same(tmp_path: Path, clean: Clean) -> None:
+    """Who was busy for a moment is asked again, so credit does not hang on it; the others are not."""
+    small.build(tmp_path, {"birch": "score-busy"})
+    assert small.run(tmp_path).credits == clean[1].credits
+    assert (tmp_path / "birch" / "diary").read_text().count("score 1") == 2
+    assert (tmp_path / "alder" / "diary").read_text().count("score 1") == 1
+
+
 def test_without_a_quorum_the_run_stops_with_names_and_reasons_and_can_go_on(tmp_path: Path, clean: Clean) -> None:
     """Too few updates end the run with every missing hospital and its code; once mended it ends like a clean run."""
     small.build(tmp_path, {"birch": "refuse", "cedar": "nan"}, min_updates=3)
