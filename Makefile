@@ -56,13 +56,19 @@ openapi: .venv/installed
 contract: .venv/installed
 	$(BIN)/python -m tests.hospital_node.contract
 
-# What training costs, in twenty minutes or so. jax_privacy wants older packages than ours, so it lives by itself.
-bench: .venv/installed .venv-jax/installed
+# What training costs and what one would use instead, in half an hour or so. jax_privacy and darts want other packages
+# than ours, so they live by themselves.
+bench: .venv/installed .venv-jax/installed .venv-peer/installed
 	$(BIN)/python -m benchmarks --jax .venv-jax/bin/python
 
 .venv-jax/installed:
 	$(PYTHON) -m venv .venv-jax
 	.venv-jax/bin/pip install --quiet --disable-pip-version-check jax-privacy==2.0.0 jax==0.10.2
+	touch $@
+
+.venv-peer/installed:
+	$(PYTHON) -m venv .venv-peer
+	.venv-peer/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 'darts[torch]==0.48.1'
 	touch $@
 
 # Canary patients on the real training path and on planted bugs: a table, and a picture in audit-run/.
@@ -116,4 +122,4 @@ lock:
 	rm -rf .venv-lock
 
 clean:
-	rm -rf .venv .venv-fuzz .venv-jax .venv-recompute build dist *.egg-info demo-run audit-run browser-shots .coverage
+	rm -rf .venv .venv-fuzz .venv-jax .venv-peer .venv-recompute build dist *.egg-info demo-run audit-run browser-shots .coverage

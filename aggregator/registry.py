@@ -132,14 +132,14 @@ class Registry:
         run_id: str,
         model_folder: Path,
         *,
-        plots: Mapping[str, bytes],
+        files: Mapping[str, bytes],
         privacy: Mapping[str, Any],
         credit: Mapping[str, Any],
         results: Mapping[str, float],
     ) -> Published:
         """Record the outcome and register the model as `challenger`; the members' vote makes a champion (crown).
 
-        plots: PNG bytes by file name. privacy, credit: JSON records. results: metrics such as rmse_30/madrid/islet.
+        files: artifacts by path. privacy, credit: JSON records. results: metrics such as rmse_30/madrid/islet.
         Called again it returns what it registered before. Raises BadInput, Tampered (the folder), RegistryFailed.
         """
         # Reading the card refuses a model without unit, relation, epsilon, delta and rounds.
@@ -148,7 +148,7 @@ class Registry:
             if published := self._published(run_id, model.model_hash):
                 self._client.set_terminated(run_id, "FINISHED")
                 return published
-            self._log_files(run_id, model_folder, plots, privacy, credit)
+            self._log_files(run_id, model_folder, files, privacy, credit)
             model_id = self._log_model(run_id, model_folder, model.card)
             rounds = model.card.privacy.rounds
             self._log_series(run_id, results, rounds, model_id=model_id)
@@ -230,7 +230,7 @@ class Registry:
         self,
         run_id: str,
         model_folder: Path,
-        plots: Mapping[str, bytes],
+        files: Mapping[str, bytes],
         privacy: Mapping[str, Any],
         credit: Mapping[str, Any],
     ) -> None:
@@ -238,8 +238,8 @@ class Registry:
             self._write(run_id, name, (model_folder / name).read_bytes())
         self._write(run_id, "privacy.json", json.dumps(privacy, indent=2).encode())
         self._write(run_id, "credit.json", json.dumps(credit, indent=2).encode())
-        for name, png in plots.items():
-            self._write(run_id, f"plots/{name}", png)
+        for name, data in files.items():
+            self._write(run_id, name, data)
 
     def _write(self, run_id: str, name: str, data: bytes) -> None:
         """Write an artifact. MLflow itself would resolve the relative location against the working directory."""

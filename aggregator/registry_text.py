@@ -26,8 +26,9 @@ leaves a hospital.
 numbers of patients. *Model metrics* has one point per round: `epsilon/<hospital>` is the privacy spent so far \
 (it only rises); `update_norm` and `cosine_to_mean` show what a hospital's update did, `credit_micro` what it \
 earned in each credit epoch, in millionths. Series such as `rmse_30/<site>/<model>` are errors in mg/dL, 30 \
-minutes ahead, on people nobody trained on; baselines stand beside the model. *Artifacts* has the model card, \
-the plots, and the privacy and credit records.
+minutes ahead, on people nobody trained on; `mae`, `bias`, `skill`, `lag_minutes`, `coverage80` and the alarms \
+stand beside it, and every baseline beside the model. *Artifacts* has the model card, the plots, the privacy and \
+credit records, and `evaluation/scores.html` with every table (`scores.json` with every number).
 
 {RESEARCH_LABEL}"""
 MODEL_NOTE = f"""LSTM forecaster of glucose 5 to 60 minutes ahead, trained by several hospitals under patient-level \

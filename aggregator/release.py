@@ -91,7 +91,7 @@ def release(folder: AggregatorFolder, result: FederationResult, recorder: Record
             published = recorder.registry.finish(
                 recorder.run_id,
                 path,
-                plots={},
+                files={},
                 privacy={"unit": "patient", "epsilon_by_node": result.epsilon_by_node},
                 credit={f"epoch {c.epoch}": [line.model_dump(mode="json") for line in c.lines] for c in result.credits},
                 results={},

@@ -1,6 +1,6 @@
 """All of docs/performance.md: `python -m benchmarks [--quick] [--jax PYTHON]`, twenty minutes or so on two cores.
 
-A published peer for the last table: `python -m benchmarks.comparison --peer PYTHON`.
+The last table has a published peer where `make bench` has made its environment.
 """
 
 import sys

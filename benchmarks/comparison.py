@@ -2,13 +2,14 @@
 
 Every model learns from the same people and forecasts the same windows of the same held-out people. Without arguments
 the six sample hospitals are imported into a temporary folder; NODE names node folders of a demo that was run before.
-PYTHON is the interpreter of an environment with darts (`pip install torch==2.13.0 'darts[torch]'`), whose N-HiTS then
-takes part.
+PYTHON is the interpreter of an environment with darts, whose N-HiTS then takes part: the one `make bench` makes, unless
+another is named.
 """
 
 from __future__ import annotations
 
 import math
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -21,29 +22,24 @@ import torch
 from torch import nn
 
 from benchmarks.darts_peer import receive, send
-from data_schemas.layout import load_layout
-from hospital_node.folder import NodeFolder
-from hospital_node.importing import import_exports
-from hospital_node.settings import NodeSettings, Source
-from hospital_node.store import Store
+from benchmarks.federation import demo_hospitals
 from pipeline.accounting import calibrate
 from pipeline.baselines import LAGS, fit_ridge, fit_trees, persistence, ridge, trees
-from pipeline.comparison import POOLED_FIT
-from pipeline.demo import EXPORTS, FEDERATION, HELDOUT_FRACTION, PLAN, SITES, windows_of_nodes
+from pipeline.comparison import fit_pooled, lstm
+from pipeline.demo import PLAN, windows_of_nodes
 from pipeline.evaluation import EventScore, evaluate
-from pipeline.fitting import fit
-from pipeline.forecaster import predict, unflatten
 from pipeline.noise import SeededNoise
 from pipeline.plans import load_plan
 from pipeline.private_training import LocalPlan, train_steps
 from pipeline.scorecard import plain
-from pipeline.scored import Predict, Scored, concat, personalised, score_windows
+from pipeline.scored import Predict, Scored, concat, score_personally, score_windows
 from pipeline.warm_start import SPEC, WINDOWS, load
 from pipeline.windows import _CHANGE_SCALE_MG_DL, FEATURES, RESIDUAL_SCALE_MG_DL, Batch, Float32, Series, Windows
 
 LSTM_UNITS, LSTM_STEPS = 64, 1500
 CALLS = 200
 FEDERATED = "islet, federated"
+PEER = ".venv-peer/bin/python"
 
 Sites = Mapping[str, tuple[Windows, Windows]]
 
@@ -91,12 +87,6 @@ def fit_plain_lstm(training: Sequence[Windows]) -> Predict:
     return plain(forecast)
 
 
-def islet(weights: Float32) -> Predict:
-    """Our forecaster with these weights."""
-    model = unflatten(weights, SPEC).eval()
-    return lambda batch: predict(model, batch.x, batch.last)
-
-
 def fit_federated(training: Mapping[str, Windows]) -> Predict:
     """The demo's plan: patient-level epsilon 8, full noise at each hospital; Flower and signatures left out."""
     plan = load_plan(PLAN)
@@ -111,7 +101,7 @@ def fit_federated(training: Mapping[str, Windows]) -> Predict:
         deltas = {n: train_steps(start, SPEC, w, local, people[n], sources[n]).delta for n, w in training.items()}
         weights = weights + sum(people[n] * d.astype(np.float64) for n, d in deltas.items()) / sum(people.values())
         kept.append(weights)
-    return islet(np.mean(kept[-plan.server.average_last_rounds :], axis=0).astype(np.float32))
+    return lstm(np.mean(kept[-plan.server.average_last_rounds :], axis=0).astype(np.float32), SPEC)
 
 
 def fit_peer(python: str, training: Sequence[Windows]) -> Predict:
@@ -165,31 +155,19 @@ def contestants(training: Mapping[str, Windows], peer: str | None) -> dict[str, 
         "gradient-boosted trees": fitted_trees,
         f"nn.LSTM-{LSTM_UNITS} from scratch": lambda: fit_plain_lstm(every),
         **published,
-        "islet, public start only": lambda: islet(load()),
-        "islet, pooled, no privacy": lambda: islet(fit(load(), SPEC, every, POOLED_FIT)),
+        "islet, public start only": lambda: lstm(load(), SPEC),
+        "islet, pooled, no privacy": lambda: lstm(fit_pooled(every, load(), SPEC), SPEC),
         f"{FEDERATED}, epsilon 8": lambda: fit_federated(training),
     }
 
 
-def sample_hospitals(folder: Path) -> Sites:
-    """Import the sample exports as the demo does; equal splits every time."""
-    homes = []
-    for site in SITES:
-        settings = NodeSettings(
-            name=site.name,
-            federation=FEDERATION,
-            sources=(Source(path=str(EXPORTS / site.name), layout=site.name, zone=site.zone),),
-            declared_training_patients=site.people - site.heldout,
-            declared_heldout_patients=site.heldout,
-            heldout_fraction=HELDOUT_FRACTION,
-            seed=1,
-        )
-        homes.append(folder / site.name)
-        NodeFolder.create(homes[-1], settings)
-        with NodeFolder.open(homes[-1]) as node:
-            layout = load_layout(site.name)
-            import_exports(EXPORTS / site.name, layout, site.zone, node.pseudonym_key, Store(node.store))
-    return windows_of_nodes(homes, WINDOWS.history_minutes)
+def sites_of(homes: Sequence[Path]) -> Sites:
+    """(training, held-out) windows by hospital: of these nodes, else of the sample exports, split as the demo does."""
+    if homes:
+        return windows_of_nodes(homes, WINDOWS.history_minutes)
+    with tempfile.TemporaryDirectory() as scratch:
+        hospitals = demo_hospitals(Path(scratch), WINDOWS.history_minutes, seed=1)
+        return {h.name: (h.training, h.heldout) for h in hospitals}
 
 
 def latency_ms(predict_one: Predict, batch: Batch) -> float:
@@ -210,10 +188,13 @@ def lines(label: str, train: Callable[[], Predict], sites: Sites) -> Iterator[st
     seconds = time.perf_counter() - started
     first = next(heldout for _, heldout in sites.values() if len(heldout))
     wait = latency_ms(model, first.gather(first.anchors[:1]))
-    parts = [(score_windows(heldout, model, name), heldout) for name, (_, heldout) in sites.items()]
-    yield scores(label, concat([scored for scored, _ in parts]), seconds, wait)
     if label.startswith(FEDERATED):
-        yield scores("  and personal", concat([personalised(*part) for part in parts]), seconds, wait)
+        both = [score_personally(heldout, model, name) for name, (_, heldout) in sites.items()]
+        yield scores(label, concat([plainly for plainly, _ in both]), seconds, wait)
+        yield scores("  and personal", concat([personal for _, personal in both]), seconds, wait)
+    else:
+        parts = [score_windows(heldout, model, name) for name, (_, heldout) in sites.items()]
+        yield scores(label, concat(parts), seconds, wait)
 
 
 def scores(label: str, scored: Scored, seconds: float, wait: float) -> str:
@@ -232,20 +213,17 @@ def _low(score: EventScore) -> str:
 def main(arguments: Sequence[str]) -> int:
     """Print the table."""
     torch.set_num_threads(1)
-    peer = arguments[1] if arguments[:1] == ["--peer"] else None
-    with tempfile.TemporaryDirectory() as scratch:
-        homes = [Path(a) for a in arguments[0 if peer is None else 2 :]]
-        sites = windows_of_nodes(homes, WINDOWS.history_minutes) if homes else sample_hospitals(Path(scratch))
-        print(
-            "RMSE in mg/dL; lows (< 70 within 30 min) in %, by P(low) >= 25% where a model has quantiles, else by the"
-        )
-        print("point forecast; training in seconds, one forecast in milliseconds, on one thread")
-        print(
-            f"{'':<30}{'mean@30':>8}{'@60':>8}{'pool@30':>8}{'@60':>8}{'recall':>8}{'prec.':>8}{'train':>9}{'call':>9}"
-        )
-        for label, train in contestants({n: t for n, (t, _) in sites.items()}, peer).items():
-            for line in lines(label, train, sites):
-                print(line, flush=True)
+    named = arguments[:1] == ["--peer"]
+    peer = shutil.which(arguments[1] if named else PEER)
+    if peer is None:
+        print("No published forecaster takes part: `make .venv-peer/installed` makes the environment of one, darts.")
+    sites = sites_of([Path(a) for a in arguments[2 * named :]])
+    print("RMSE in mg/dL; lows (< 70 within 30 min) in %, by P(low) >= 25% where a model has quantiles, else by the")
+    print("point forecast; training in seconds, one forecast in milliseconds, on one thread")
+    print(f"{'':<30}{'mean@30':>8}{'@60':>8}{'pool@30':>8}{'@60':>8}{'recall':>8}{'prec.':>8}{'train':>9}{'call':>9}")
+    for label, train in contestants({n: t for n, (t, _) in sites.items()}, peer).items():
+        for line in lines(label, train, sites):
+            print(line, flush=True)
     return 0
 
 

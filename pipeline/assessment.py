@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_schemas.errors import BadInput
-from pipeline.scorecard import Fold, Scorecard, baselines, folds_by_person, merged, read_series, score
+from pipeline.scorecard import Fold, Scorecard, alike, baselines, folds_by_person, merged, read_series, score
 from pipeline.scored import Predict
 from pipeline.windows import Series, Windows, WindowSpec, cut_windows
 
 if TYPE_CHECKING:
     from pipeline.export import LoadedModel
 
-OURS = "model"
+OURS, PERSONAL = "model", "model, personal"
 PROTOCOLS = ("by-patient", "glucobench")
 
 
@@ -45,7 +45,7 @@ def assess(request: Request, say: Callable[[str], None]) -> str:
         raise BadInput(f"there is no protocol {request.protocol}", f"use one of {', '.join(PROTOCOLS)}")
     sites = _series(request)
     if request.protocol == "glucobench":
-        return protocols.glucobench_text(sites, _predictor(request), request.out)
+        return protocols.glucobench_text(sites, _predictor(request), _history(request), request.out)
     if request.protocol == "by-patient":
         card, about = protocols.by_patient(sites, _predictor(request), _history(request), say)
     else:
@@ -65,16 +65,23 @@ def _ordinary(
         folds = folds_by_person({name: cut_windows(series, spec) for name, series in sites.items()})
         who = f"everybody in the files; baselines fitted on the others, in {len(folds)} folds of people"
     say(f"scoring {who}")
-    models = (
-        {OURS: _predictor(request)}
-        if request.model is None
-        else {
-            "public-only": public_start(),
-            OURS: _predictor(request),
-        }
-    )
-    card = score(folds, models, lambda f: baselines(f.training), OURS)
-    return card, {"scored": who, "model": _name(request)}
+    models = {} if request.model is None else {"public-only": public_start()}
+    models[OURS] = _predictor(request)
+
+    def fitted(fold: Fold) -> dict[str, Sequence[Predict]]:
+        say("fitting the baselines and the LSTM without privacy, of each site alone and of all pooled")
+        return {**alike(baselines(fold.training), fold), **_open_models(fold), **alike(models, fold)}
+
+    return score(folds, fitted, (OURS, PERSONAL)), {"scored": who, "model": _name(request)}
+
+
+def _open_models(fold: Fold) -> dict[str, Sequence[Predict]]:
+    """Our LSTM trained without privacy on the readings of each site alone, and of all sites pooled."""
+    from pipeline.comparison import fit_local, fit_pooled, lstm
+    from pipeline.warm_start import SPEC, load
+
+    local = [lstm(fit_local(own, load(), SPEC), SPEC) for own in fold.training]
+    return {"local-only": local, **alike({"pooled": lstm(fit_pooled(fold.training, load(), SPEC), SPEC)}, fold)}
 
 
 def _series(request: Request) -> dict[str, Series]:
@@ -105,11 +112,10 @@ def _predictor(request: Request) -> Predict:
 
 def public_start() -> Predict:
     """The public warm start, which never saw a hospital."""
-    from pipeline.forecaster import predict, unflatten
+    from pipeline.comparison import lstm
     from pipeline.warm_start import SPEC, load
 
-    model = unflatten(load(), SPEC).eval()
-    return lambda batch: predict(model, batch.x, batch.last)
+    return lstm(load(), SPEC)
 
 
 def _name(request: Request) -> str:

@@ -12,16 +12,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_schemas.plan import ModelSpec
-from pipeline.baselines import fit_ridge, linear, persistence, ridge
-from pipeline.evaluation import Evaluation, evaluate
+from pipeline.evaluation import Evaluation
 from pipeline.fitting import FitPlan, fit
-from pipeline.forecaster import Forecaster, ForecasterSpec, predict, unflatten
+from pipeline.forecaster import ForecasterSpec, predict, unflatten
 from pipeline.membership import attack
 from pipeline.model_card import CardMembership
 from pipeline.report import ModelColumn, ResultRow
-from pipeline.scored import FloatArray, Predict, Scored, concat, personalised, score_windows
-from pipeline.windows import Batch, Float32, Windows
+from pipeline.scorecard import Fold, Scorecard, alike, baselines, score
+from pipeline.scored import Predict, Scored
+from pipeline.windows import Float32, Windows
 
 OURS, PERSONAL = "federated", "personal"
 COLUMNS = (
@@ -49,71 +48,65 @@ class Cohort:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Scores by model label, our model's forecasts themselves for the pictures, and who can be told to be in it."""
+    """Scores of every model, and who can be told to be in the trained ones."""
 
-    evaluations: dict[str, Evaluation]
-    ours: Scored
+    card: Scorecard
     membership: tuple[CardMembership, ...] = ()
 
+    @property
+    def evaluations(self) -> dict[str, Evaluation]:
+        """Scores by model label."""
+        return {label: card.evaluation for label, card in self.card.cards.items()}
 
-def fit_local(cohort: Cohort, start: Float32, spec: ModelSpec) -> Float32:
-    """Weights float32[D] of the LSTM that one hospital would train alone, without privacy."""
-    return fit(start, ForecasterSpec(hidden_size=spec.hidden_size), [cohort.training], LOCAL_FIT)
+    @property
+    def ours(self) -> Scored:
+        """The federated model's forecasts themselves, for the pictures."""
+        return self.card.scored[OURS]
 
 
-def fit_pooled(cohorts: Sequence[Cohort], start: Float32, spec: ModelSpec) -> Float32:
+def fit_local(training: Windows, start: Float32, spec: ForecasterSpec) -> Float32:
+    """Weights float32[D] of the LSTM that one hospital would train alone, without privacy; from nobody, the start."""
+    return fit(start, spec, [training], LOCAL_FIT) if len(training) else start
+
+
+def fit_pooled(training: Sequence[Windows], start: Float32, spec: ForecasterSpec) -> Float32:
     """Weights float32[D] of the LSTM trained on everybody's readings, without privacy."""
-    return fit(start, ForecasterSpec(hidden_size=spec.hidden_size), [c.training for c in cohorts], POOLED_FIT)
+    return fit(start, spec, [w for w in training if len(w)], POOLED_FIT)
 
 
-def lstm(weights: Float32, spec: ModelSpec) -> Predict:
+def lstm(weights: Float32, spec: ForecasterSpec) -> Predict:
     """Predictor of flat weights float32[D]."""
-    model = unflatten(weights, ForecasterSpec(hidden_size=spec.hidden_size)).eval()
-    return lambda batch: _run(model, batch)
-
-
-def _run(model: Forecaster, batch: Batch) -> tuple[FloatArray, FloatArray | None]:
-    return predict(model, batch.x, batch.last)
-
-
-def _plain(forecast: Callable[[Batch], Float32]) -> Predict:
-    return lambda batch: (forecast(batch), None)
+    model = unflatten(weights, spec).eval()
+    return lambda batch: predict(model, batch.x, batch.last)
 
 
 def compare(
     cohorts: Sequence[Cohort],
-    spec: ModelSpec,
+    spec: ForecasterSpec,
     *,
     public: Float32,
     federated: Float32,
     pooled: Float32,
     local: Mapping[str, Float32],
 ) -> Comparison:
-    """Score every model of COLUMNS, and linear extrapolation, on the held-out people of every hospital."""
-    fitted = fit_ridge([c.training for c in cohorts])
-    everywhere: dict[str, Predict] = {
-        "persistence": _plain(persistence),
-        "linear": _plain(linear),
-        "ridge": _plain(lambda batch: ridge(fitted, batch)),
-        "public-only": lstm(public, spec),
-        OURS: lstm(federated, spec),
-        "pooled": lstm(pooled, spec),
-    }
-    parts = {label: [score_windows(c.heldout, p, c.name) for c in cohorts] for label, p in everywhere.items()}
-    parts["local-only"] = [score_windows(c.heldout, lstm(local[c.name], spec), c.name) for c in cohorts]
-    parts[PERSONAL] = [personalised(plain, c.heldout) for plain, c in zip(parts[OURS], cohorts, strict=True)]
-    scored = {label: concat(found) for label, found in parts.items()}
-    membership = attacked(cohorts, spec, public, {OURS: federated, "pooled": pooled})
-    return Comparison({label: evaluate(s) for label, s in scored.items()}, scored[OURS], membership)
+    """Score every model of COLUMNS and every baseline on the held-out people of every hospital."""
+    everywhere = {"public-only": lstm(public, spec), OURS: lstm(federated, spec), "pooled": lstm(pooled, spec)}
+    alone = [lstm(local[c.name], spec) for c in cohorts]
+    fold = Fold([c.training for c in cohorts], [(c.name, c.heldout) for c in cohorts])
+    card = score(
+        [fold],
+        lambda f: {**alike({**baselines(f.training), **everywhere}, f), "local-only": alone},
+        (OURS, PERSONAL),
+    )
+    return Comparison(card, attacked(cohorts, spec, public, {OURS: federated, "pooled": pooled}))
 
 
 def attacked(
-    cohorts: Sequence[Cohort], spec: ModelSpec, public: Float32, models: Mapping[str, Float32]
+    cohorts: Sequence[Cohort], spec: ForecasterSpec, public: Float32, models: Mapping[str, Float32]
 ) -> tuple[CardMembership, ...]:
     """Membership inference on each model, everybody's training people against everybody's held-out people."""
-    shape = ForecasterSpec(hidden_size=spec.hidden_size)
     inside, outside = [c.training for c in cohorts], [c.heldout for c in cohorts]
-    found = {label: attack(weights, public, shape, inside, outside) for label, weights in models.items()}
+    found = {label: attack(weights, public, spec, inside, outside) for label, weights in models.items()}
     return tuple(
         CardMembership(model=label, auc=m.auc, low=m.low, high=m.high, members=m.members, others=m.others)
         for label, m in found.items()
@@ -152,7 +145,7 @@ def margins(evaluations: Mapping[str, Evaluation]) -> Iterator[tuple[str, int, s
             yield label, minutes, "pooled", ours.pooled.at(minutes).rmse - other.pooled.at(minutes).rmse
 
 
-def quick_rmse_30(weights: Float32, spec: ModelSpec, heldout: Windows, per_patient: int = 60) -> float:
+def quick_rmse_30(weights: Float32, spec: ForecasterSpec, heldout: Windows, per_patient: int = 60) -> float:
     """RMSE in mg/dL at 30 minutes on an even pick of each held-out person's windows: for curves, not for tables."""
     picks = [heldout.anchors[a:b][:: max(1, (b - a) // per_patient)] for a, b in heldout.by_patient()]
     batch = heldout.gather(np.concatenate(picks))

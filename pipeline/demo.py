@@ -327,9 +327,10 @@ class RunRecord:
     def _errors(self, run: str) -> dict[str, float]:
         from aggregator.state import StateFolder
         from pipeline.comparison import quick_rmse_30
+        from pipeline.forecaster import ForecasterSpec
 
         newest = StateFolder(self.folder.state).newest(run)
         if newest is None:
             return {}
-        spec = self.folder.load_plan().model
+        spec = ForecasterSpec(hidden_size=self.folder.load_plan().model.hidden_size)
         return {c.name: quick_rmse_30(newest.server.weights, spec, c.heldout) for c in self.cohorts}

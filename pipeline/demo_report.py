@@ -25,6 +25,7 @@ from pipeline.report import (
     render_table,
     write_report,
 )
+from pipeline.score_tables import files, metrics
 from pipeline.signing import write_durably
 
 POOLED = Path("baselines") / "pooled.npy"
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from aggregator.verification import VerifyReport
     from data_schemas.reading import QualityReport
     from pipeline.demo import RunRecord, Say, Stage
+    from pipeline.forecaster import ForecasterSpec
     from pipeline.model_card import CardResult
     from pipeline.windows import Float32
 
@@ -62,7 +64,7 @@ def finish(
         f"cosigned by {len(verified.cosigned_by)} of {len(nodes)} hospitals"
     )
     pictures = _illustrations(cohorts, compared, record, result, nodes)
-    _publish(out, record, result, results, pictures, stage)
+    _publish(out, record, result, _evaluation(compared, result.model_hash, pictures), metrics(compared.card), stage)
     sitting = vote_champion(folder, nodes, result.model_hash, Path.cwd())
     stage(f"vote: {len(nodes)} hospitals made it the champion; {len(sitting.installed)} nodes serve it")
     stage(ask_endpoint(nodes[cohorts[0].name], cohorts[0]))
@@ -84,16 +86,24 @@ def _compare(
     """Fit the non-private models a comparison needs, once, and score everything on held-out people."""
     from aggregator.server_app import load_initial_weights
 
-    spec, start = folder.load_plan().model, load_initial_weights(folder)
+    spec, start = _shape(folder), load_initial_weights(folder)
     local = {}
     for cohort in cohorts:
-        local[cohort.name] = _kept(out / "baselines" / f"{cohort.name}.npy", lambda c=cohort: fit_local(c, start, spec))
+        local[cohort.name] = _kept(
+            out / "baselines" / f"{cohort.name}.npy", lambda c=cohort: fit_local(c.training, start, spec)
+        )
         stage(f"comparison: {cohort.name} alone, without privacy")
-    pooled = _kept(out / POOLED, lambda: fit_pooled(cohorts, start, spec))
+    pooled = _kept(out / POOLED, lambda: fit_pooled([c.training for c in cohorts], start, spec))
     stage("comparison: all readings pooled, without privacy")
     compared = compare(cohorts, spec, public=start, federated=result.weights, pooled=pooled, local=local)
     stage(f"scored {len(compared.ours.last):,} forecasts of {compared.evaluations[OURS].pooled.people} held-out people")
     return compared
+
+
+def _shape(folder: AggregatorFolder) -> ForecasterSpec:
+    from pipeline.forecaster import ForecasterSpec
+
+    return ForecasterSpec(hidden_size=folder.load_plan().model.hidden_size)
 
 
 def _kept(path: Path, fit: Any) -> Float32:
@@ -139,8 +149,8 @@ def _publish(
     out: Path,
     record: RunRecord,
     result: FederationResult,
-    results: tuple[CardResult, ...],
-    pictures: tuple[Illustration, ...],
+    found: Mapping[str, bytes],
+    results: Mapping[str, float],
     stage: Stage,
 ) -> None:
     """Register the model in MLflow; an outage is said and costs nothing else."""
@@ -150,14 +160,22 @@ def _publish(
         published = record.recorder.registry.finish(
             record.recorder.run_id,
             out / "model",
-            plots={f"{i.picture.name}.png": i.picture.png() for i in pictures},
+            files=found,
             privacy={"unit": "patient", "epsilon_by_node": result.epsilon_by_node},
             credit={f"epoch {c.epoch}": [line.model_dump(mode="json") for line in c.lines] for c in result.credits},
-            results={f"rmse_{r.horizon_minutes}/{r.site}/{r.model}": r.rmse_mg_dl for r in results},
+            results=results,
         )
         stage(f"MLflow: registered {published.uri} as {published.alias}")
     except IsletError as error:
         stage(f"MLflow did not take the model, everything else is in {out}: {error.message}")
+
+
+def _evaluation(compared: Comparison, model_hash: str, pictures: Sequence[Illustration]) -> dict[str, bytes]:
+    """Files of the MLflow run: the pictures of this report, and what `islet evaluate` writes of these people."""
+    about = {"scored": "held-out people of all hospitals", "model": model_hash}
+    written = files(compared.card, about, OURS).items()
+    drawn = {f"plots/{i.picture.name}.png": i.picture.png() for i in pictures}
+    return drawn | {f"evaluation/{name}": data for name, data in written if not name.endswith(".png")}
 
 
 def ask_endpoint(home: Path, cohort: Cohort) -> str:
@@ -217,7 +235,7 @@ def _illustrations(
         record.stage(f"comparison: the same plan at epsilon {epsilon:g}")
     pooled = np.load(record.curve_file.parent / POOLED, allow_pickle=False)
     story = Story(
-        spec=plan.model,
+        spec=_shape(record.folder),
         weights=result.weights,
         references={"public-only": start, "pooled, no privacy": pooled},
         curve={int(number): errors for number, errors in record.curve().items()},

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_schemas.plan import ModelSpec
 from data_schemas.units import HORIZON_MINUTES
 from pipeline import plots
 from pipeline.comparison import COLUMNS, Cohort, Comparison, lstm, quick_rmse_30
 from pipeline.evaluation import SCORED_MINUTES
+from pipeline.forecaster import ForecasterSpec
 from pipeline.report import CreditRow, Illustration
 from pipeline.scored import coverage_curve
 from pipeline.windows import Float32
@@ -27,7 +27,7 @@ class Story:
     spend: hospital -> (round, epsilon); at_epsilon: epsilon -> float32[D], the plan's own among them.
     """
 
-    spec: ModelSpec
+    spec: ForecasterSpec
     weights: Float32
     references: Mapping[str, Float32]
     curve: Mapping[int, Mapping[str, float]]

@@ -25,8 +25,9 @@ from pipeline.scored import FloatArray
 BLUE, ORANGE, GREEN, PURPLE, RED, SKY = "#2f7fc1", "#e08a00", "#119c77", "#b8679a", "#d3590f", "#5aaedb"
 OLIVE = "#8a7a12"
 SERIES = (BLUE, ORANGE, GREEN, PURPLE, RED, SKY, OLIVE)
-DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1)), (0, (1, 1)), (0, (7, 2)))
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+# Another number of each, so that curves beyond the seventh still differ.
+DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1)))
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 # Stand-ins that a page replaces by its own colours: hex numbers that nothing else uses.
 INK, MUTED, LINE, PAPER = "#1b2430", "#5d6875", "#c9d0d8", "#fefefe"
 _TOKENS = {INK: "var(--ink)", MUTED: "var(--muted)", LINE: "var(--line)", PAPER: "var(--paper)"}
@@ -187,25 +188,25 @@ def calibration(curves: Mapping[str, Sequence[tuple[float, float]]]) -> Picture:
 @_styled
 def rmse_by_horizon(curves: Mapping[str, Sequence[tuple[int, float]]]) -> Picture:
     """RMSE of each model against the horizon: model -> (minutes, mg/dL)."""
-    figure, (axis,) = _canvas(1)
+    figure, (axis,) = _canvas(1, height=_HEIGHT + 1)
     for index, (label, curve) in enumerate(curves.items()):
         axis.plot(*zip(*curve, strict=True), **_line(index), label=label)
     axis.set(xlabel="minutes ahead", ylabel="RMSE (mg/dL)", ylim=(0, None))
     axis.set_xticks(sorted({minutes for curve in curves.values() for minutes, _ in curve}))
-    axis.legend(loc="upper left")
+    figure.legend(loc="outside upper center", ncols=3)
     return _finish("rmse-by-horizon", figure)
 
 
 @_styled
 def rmse_by_range(curves: Mapping[str, Sequence[tuple[str, float]]]) -> Picture:
     """RMSE of each model by the range in which glucose turned out to be: model -> (range, mg/dL)."""
-    figure, (axis,) = _canvas(1)
+    figure, (axis,) = _canvas(1, height=_HEIGHT + 1)
     for index, (label, curve) in enumerate(curves.items()):
         names, values = zip(*curve, strict=True)
         axis.plot(range(len(names)), values, **_line(index), label=label)
         axis.set_xticks(range(len(names)), names)
     axis.set(xlabel="real reading (mg/dL)", ylabel="RMSE at 30 min (mg/dL)", ylim=(0, None))
-    axis.legend(loc="upper center", ncols=2)
+    figure.legend(loc="outside upper center", ncols=3)
     return _finish("rmse-by-range", figure)
 
 

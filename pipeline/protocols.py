@@ -15,6 +15,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
@@ -23,7 +24,7 @@ import numpy.typing as npt
 
 from data_schemas.errors import BadInput
 from data_schemas.units import HORIZON_MINUTES
-from pipeline.scorecard import Fold, Scorecard, baselines, folds_by_person, score
+from pipeline.scorecard import Fold, Scorecard, alike, baselines, folds_by_person, score
 from pipeline.scored import Predict
 from pipeline.windows import Series, Windows, WindowSpec, cut_windows
 
@@ -85,13 +86,15 @@ def by_patient(
     learned: dict[int, Predict] = {}
     for number, fold in enumerate(folds_by_person(windows)):
         say(f"fold {number + 1}: fitting on the people of the other folds")
-        lstm = _pooled_lstm(fold.training)
+        pooled = _pooled_lstm(fold.training)
         for site, own in zip(fold.scored, fold.training, strict=True):
             folds.append(Fold([own], [site]))
-            learned[id(folds[-1])] = lstm
+            learned[id(folds[-1])] = pooled
     about = {"protocol": "by-patient: five folds of people inside each site, every third issue point, causal history"}
     card = score(
-        folds, {"model": ours}, lambda f: {**baselines(f.training), "pooled LSTM": learned[id(f)]}, "pooled LSTM"
+        folds,
+        lambda f: alike({**baselines(f.training), "pooled LSTM": learned[id(f)], "model": ours}, f),
+        ("pooled LSTM", "pooled LSTM, personal"),
     )
     return card, about
 
@@ -117,16 +120,15 @@ def by_patient_windows(series: Series, history_minutes: int) -> Windows:
 
 def _pooled_lstm(training: Sequence[Windows]) -> Predict:
     """The LSTM from the public start, fitted on everybody's readings without privacy."""
+    from pipeline.comparison import lstm
     from pipeline.fitting import FitPlan, fit
-    from pipeline.forecaster import predict, unflatten
     from pipeline.warm_start import SPEC, load
 
     weights = fit(load(), SPEC, [w for w in training if len(w)], FitPlan(steps=LSTM_STEPS, learning_rate=2e-3))
-    model = unflatten(weights, SPEC).eval()
-    return lambda batch: predict(model, batch.x, batch.last)
+    return lstm(weights, SPEC)
 
 
-def glucobench_text(sites: Mapping[str, Series], ours: Predict, out: Path) -> str:
+def glucobench_text(sites: Mapping[str, Series], ours: Predict, history_minutes: int, out: Path) -> str:
     """Score sites that are data sets of GlucoBench, write glucobench.json into `out`, return a table. BadInput."""
     lines = []
     for name, series in sites.items():
@@ -136,7 +138,7 @@ def glucobench_text(sites: Mapping[str, Series], ours: Predict, out: Path) -> st
                 f"{name} is no data set of GlucoBench",
                 f"name the file or node one of {', '.join((*CONFIGS, *ALIASES))}",
             )
-        lines += glucobench(name, series, config, ours)
+        lines += glucobench(name, series, config, ours, history_minutes)
     out.mkdir(parents=True, exist_ok=True)
     rows = [{f: getattr(line, f) for f in BenchLine.__dataclass_fields__} for line in lines]
     (out / "glucobench.json").write_text(json.dumps(rows, indent=1))
@@ -155,17 +157,24 @@ def glucobench_text(sites: Mapping[str, Series], ours: Predict, out: Path) -> st
 
 
 def glucobench(
-    name: str, series: Series, config: BenchConfig, ours: Predict, seeds: Sequence[int] = SEEDS
+    name: str,
+    series: Series,
+    config: BenchConfig,
+    ours: Predict,
+    history_minutes: int,
+    seeds: Sequence[int] = SEEDS,
 ) -> list[BenchLine]:
     """Linear regression (as published), persistence and `ours` on one data set, in and out of distribution."""
+    spec = WindowSpec(history_minutes=history_minutes, max_jumps=10_000)
     people = [segments(*_of(series, p), config) for p in range(len(series.patients))]
     people = [p for p in people if p]
     errors: dict[tuple[str, str], list[Float64]] = {}
     for seed in seeds:
         training, tests = split(people, config, seed)
         weights = _fit_linear(training, config.linear_lags)
+        forecast = partial(_forecast, ours=ours, spec=spec)
         for where, records in tests.items():
-            for model, found in _window_errors(records, config, weights, ours).items():
+            for model, found in _window_errors(records, config, weights, forecast).items():
                 errors.setdefault((where, model), []).append(found)
     return [_line(name, where, model, found) for (where, model), found in errors.items()]
 
@@ -237,7 +246,10 @@ def _fit_linear(training: Sequence[Float64], lags: int) -> Float64:
 
 
 def _window_errors(
-    records: Sequence[Float64], config: BenchConfig, weights: Float64, ours: Predict
+    records: Sequence[Float64],
+    config: BenchConfig,
+    weights: Float64,
+    ours: Callable[[Float64, npt.NDArray[np.int64]], Float64],
 ) -> dict[str, Float64]:
     """Error e[W,12] of each model on every window: forecasts begin at index M and every 30 minutes."""
     starts = [np.arange(config.max_length_input, len(r) - _STEPS + 1, _STRIDE) for r in records]
@@ -250,15 +262,15 @@ def _window_errors(
     return {
         "linear": linear - truth,
         "persistence": lags[:, -1:] - truth,
-        "model": np.concatenate([_forecast(r, s, ours) for r, s in kept]) - truth,
+        "model": np.concatenate([ours(r, s) for r, s in kept]) - truth,
     }
 
 
-def _forecast(record: Float64, starts: npt.NDArray[np.int64], ours: Predict) -> Float64:
+def _forecast(record: Float64, starts: npt.NDArray[np.int64], ours: Predict, spec: WindowSpec) -> Float64:
     """Forecasts float64[W,12] of a model that sees the segment up to the point before each start."""
     time_s = np.arange(len(record), dtype=np.int64) * _GRID_S
     series = Series(("one",), np.array([0, len(record)], dtype=np.int64), time_s, record.astype(np.float32))
-    windows = cut_windows(series, WindowSpec(history_minutes=120, max_jumps=10_000), need_target=False)
+    windows = cut_windows(series, spec, need_target=False)
     return ours(windows.gather(starts - 1))[0].astype(np.float64)
 
 

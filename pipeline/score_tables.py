@@ -248,14 +248,45 @@ def _examples(card: Scorecard, ours: str) -> list[Example]:
     return found
 
 
-def write(card: Scorecard, out: Path, about: Mapping[str, Any], ours: str) -> None:
-    """Write scores.json, scores.html and one PNG a picture into the folder `out`."""
-    out.mkdir(parents=True, exist_ok=True)
+def files(card: Scorecard, about: Mapping[str, Any], ours: str) -> dict[str, bytes]:
+    """scores.json, scores.html and one PNG a picture, by name."""
     drawn = pictures(card, ours)
-    for picture in drawn:
-        (out / f"{picture.name}.png").write_bytes(picture.png())
-    (out / "scores.json").write_text(as_json(card, about), encoding="utf-8")
-    (out / "scores.html").write_text(_page(tables(card), drawn, about), encoding="utf-8")
+    found = {f"{picture.name}.png": picture.png() for picture in drawn}
+    found["scores.json"] = as_json(card, about).encode()
+    return found | {"scores.html": _page(tables(card), drawn, about).encode()}
+
+
+def write(card: Scorecard, out: Path, about: Mapping[str, Any], ours: str) -> None:
+    """Write the files of a scorecard into the folder `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name, data in files(card, about, ours).items():
+        (out / name).write_bytes(data)
+
+
+def metrics(card: Scorecard) -> dict[str, float]:
+    """The main numbers of every model under names such as rmse_30/pooled/ridge; scores.json has them all.
+
+    Errors pooled and RMSE by site at every scored horizon, means over people with their bootstrap interval,
+    coverage, and alarms for lows and highs. What is undefined is left out.
+    """
+    found: dict[str, float] = {}
+    for label, c in card.cards.items():
+        for m in SCORED_MINUTES:
+            score = c.evaluation.pooled.at(m)
+            for name in ("rmse", "mae", "mard_percent", "bias", "skill"):
+                found[f"{name}_{m}/pooled/{label}"] = getattr(score, name)
+            found |= {f"rmse_{m}/{g.name}/{label}": g.at(m).rmse for g in (*c.evaluation.sites, *c.evaluation.sensors)}
+        found |= {f"lag_minutes_{s.horizon_minutes}/pooled/{label}": s.lag_minutes for s in c.evaluation.lags}
+        for mean in c.evaluation.mean_over_people:
+            for end in ("rmse", "rmse_low", "rmse_high"):
+                found[f"{end}_{mean.horizon_minutes}/people/{label}"] = getattr(mean, end)
+        for i in c.evaluation.pooled.intervals:
+            found[f"coverage{100 * i.nominal:.0f}_{i.horizon_minutes}/pooled/{label}"] = i.coverage
+        for rule, alarms in (("point", c.alarms_by_forecast), ("chance", c.alarms_by_probability)):
+            for e in alarms:
+                for name in ("recall", "precision", "f1", "false_alarms_per_day", "median_lead_minutes"):
+                    found[f"{name} {e.name} by {rule}/pooled/{label}"] = getattr(e, name)
+    return {name: value for name, value in found.items() if math.isfinite(value)}
 
 
 def _page(found: Sequence[Table], drawn: Sequence[Picture], about: Mapping[str, Any]) -> str:

@@ -27,7 +27,7 @@ from pipeline.events import (
     joined,
 )
 from pipeline.readings_csv import ROW, spool_readings
-from pipeline.scored import Bool, Predict, Scored, concat, personalised, score_windows
+from pipeline.scored import Bool, Predict, Scored, concat, score_personally, score_windows
 from pipeline.windows import Batch, Float32, Series, Windows
 
 FOLDS = 5
@@ -135,24 +135,29 @@ def plain(forecast: Callable[[Batch], Float32]) -> Predict:
     return lambda batch: (forecast(batch), None)
 
 
-def score(
-    folds: Sequence[Fold],
-    models: Mapping[str, Predict],
-    fitted: Callable[[Fold], dict[str, Predict]],
-    personal: str | None = None,
-) -> Scorecard:
-    """Score `models`, which stay the same, and what `fitted` makes of each fold, on the same windows.
+def alike(models: Mapping[str, Predict], fold: Fold) -> dict[str, Sequence[Predict]]:
+    """Models that forecast every scored site of a fold."""
+    return {label: [predict] * len(fold.scored) for label, predict in models.items()}
 
-    `personal`, one of the models, is also scored as corrected from each person's own past.
+
+def score(
+    folds: Sequence[Fold], fitted: Callable[[Fold], Mapping[str, Sequence[Predict]]], personal: tuple[str, str]
+) -> Scorecard:
+    """Score on the same windows what `fitted` makes of each fold: for each label a predictor of each scored site.
+
+    personal: the label that is also scored as corrected from each person's own past, and the label of that.
     """
+    plainly, corrected = personal
     parts: dict[str, list[Scored]] = {}
     for fold in folds:
-        for label, predict in {**fitted(fold), **models}.items():
-            found = [score_windows(w, predict, site) for site, w in fold.scored]
-            parts.setdefault(label, []).extend(found)
-            if label == personal:
-                adapted = [personalised(s, w) for s, (_, w) in zip(found, fold.scored, strict=True)]
-                parts.setdefault(f"{label}, personal", []).extend(adapted)
+        for label, predictors in fitted(fold).items():
+            for predict, (site, windows) in zip(predictors, fold.scored, strict=True):
+                if label == plainly:
+                    found, adapted = score_personally(windows, predict, site)
+                    parts.setdefault(label, []).append(found)
+                    parts.setdefault(corrected, []).append(adapted)
+                else:
+                    parts.setdefault(label, []).append(score_windows(windows, predict, site))
     if not sum(len(p.last) for p in next(iter(parts.values()))):
         raise BadInput("no forecast can be scored", "a person needs an hour of readings, and readings after that")
     scored = {label: concat(found) for label, found in parts.items()}

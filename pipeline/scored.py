@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_schemas.units import HORIZON_MINUTES, QUANTILES
-from pipeline.adaptation import Past, replayed
+from pipeline.adaptation import INPUTS, Past, inputs_of, replayed
 from pipeline.windows import Batch, Windows
 
 FloatArray: TypeAlias = npt.NDArray[np.floating]
@@ -104,25 +104,30 @@ def score_windows(windows: Windows, predict: Predict, site: str) -> Scored:
     )
 
 
-def personalised(plain: Scored, windows: Windows) -> Scored:
-    """The same forecasts as each person would have been shown them, corrected from that person's own past.
+def score_personally(windows: Windows, predict: Predict, site: str) -> tuple[Scored, Scored]:
+    """`score_windows`, and the same forecasts as each person would have been shown them.
 
-    plain: what `score_windows` made of these windows, with quantiles.
+    Those are corrected from that person's own past; predict must give quantiles.
     """
-    if plain.quantiles is None or plain.time_s is None:
-        raise ValueError("personal forecasts need quantiles and moments of issue")
+    time_s, inputs, noted = windows.series.time_s[windows.anchors], np.empty((len(windows), INPUTS)), 0
+
+    def noting(batch: Batch) -> tuple[FloatArray, FloatArray | None]:
+        nonlocal noted
+        rows = slice(noted, noted + len(batch.last))
+        forecast, quantiles = predict(batch)
+        inputs[rows], noted = inputs_of(batch.x, batch.last, forecast, time_s[rows]), rows.stop
+        return forecast, quantiles
+
+    plain = score_windows(windows, noting, site)
+    if plain.quantiles is None:
+        raise ValueError("personal forecasts need quantiles")
     forecast, quantiles = plain.forecast.copy(), plain.quantiles.copy()
     for start, stop in windows.by_patient():
         if start < stop:
-            parts = [slice(at, min(at + _BATCH, stop)) for at in range(start, stop, _BATCH)]
-            past = Past.joined(
-                [
-                    Past.of(windows.gather(windows.anchors[p]), plain.forecast[p], plain.quantiles[p], plain.time_s[p])
-                    for p in parts
-                ]
-            )
-            forecast[start:stop], quantiles[start:stop] = replayed(past)
-    return replace(plain, forecast=forecast, quantiles=quantiles)
+            r = slice(start, stop)
+            past = Past(time_s[r], inputs[r], plain.forecast[r], plain.quantiles[r], plain.truth[r], plain.mask[r])
+            forecast[r], quantiles[r] = replayed(past)
+    return plain, replace(plain, forecast=forecast, quantiles=quantiles)
 
 
 def _sensor_minutes(windows: Windows) -> Int64:

@@ -103,7 +103,7 @@ def publish(store: Registry, run_id: str, folder: Path) -> Published:
     return store.finish(
         run_id,
         folder,
-        plots={"clarke_30.png": PNG},
+        files={"plots/clarke_30.png": PNG},
         privacy={"epsilon_by_node": {"north": 1.5}},
         credit={"north": 1500},
         results={"rmse_30/north/islet": 20.123456789, "rmse_30/north/pooled (not private)": 18.0},

@@ -30,7 +30,7 @@ def store(tmp_path: Path) -> Path:
         registry.log_round(run_id, summary(number))
         results = {"rmse_30/pooled/federated": error, "rmse_30/pooled/persistence": 23.0}
         exported = model_folder(tmp_path, number)
-        registry.finish(run_id, exported, plots={}, privacy={}, credit={}, results=results)
+        registry.finish(run_id, exported, files={}, privacy={}, credit={}, results=results)
     return tmp_path / "consortium"
 
 

@@ -1,9 +1,11 @@
 """The main job: a short demo on the real sample exports, killed in the middle, resumed, finished and shown again."""
 
+import contextlib
 import json
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -130,6 +132,19 @@ def test_the_commands_agree_about_the_finished_run(finished: tuple[Path, str]) -
         assert code == 0, text
     assert (folder / "0.csv").read_bytes() == (folder / "1.csv").read_bytes()
     assert (folder / "0.csv").read_text().startswith("patient_id,issued_at,horizon_minutes,forecast_mg_dl,p05,p25")
+
+
+def test_the_mlflow_run_holds_the_scores_of_every_model(finished: tuple[Path, str]) -> None:
+    """Metrics of our model and of every baseline, and the tables of `islet evaluate`, are in the run."""
+    root = finished[0] / "mlruns"
+    with contextlib.closing(sqlite3.connect(root / "mlflow.db")) as database:
+        metrics = {name for (name,) in database.execute("SELECT key FROM latest_metrics")}
+    models = ("persistence", "linear", "AR", "ridge", "trees", "local-only", "public-only", "federated", "personal")
+    assert {f"{name}_45/pooled/{model}" for model in models for name in ("rmse", "mae", "bias", "skill")} <= metrics
+    assert {"rmse_30/duke/pooled", "coverage80_60/pooled/federated", "lag_minutes_30/pooled/federated"} <= metrics
+    scores = json.loads(next(root.rglob("evaluation/scores.json")).read_text())
+    assert set(models) < set(scores["models"])
+    assert next(root.rglob("evaluation/scores.html")).read_text().startswith("<!doctype html>")
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ def test_each_person_is_split_at_the_end_of_the_record(lengths: list[int], train
 def test_linear_regression_solves_what_is_linear() -> None:
     """On waves that a linear recurrence generates, Linear's error vanishes and persistence's does not."""
     config = BenchConfig(45, 200, 72, 144, 12)
-    lines = glucobench("waves", waves(10, 400), config, STAY, seeds=(10,))
+    lines = glucobench("waves", waves(10, 400), config, STAY, 120, seeds=(10,))
     found = {(line.split, line.model): line for line in lines}
     assert found["ID", "linear"].median_rmse < 0.05
     assert found["OOD", "linear"].mean_rmse < 0.05
@@ -93,7 +93,7 @@ def test_linear_regression_comes_out_as_published_where_the_samples_allow() -> N
             pd.DataFrame({"patient": path.stem, "measured_at": stamps, "glucose_mg_dl": table["glucose_value_mg_dl"]})
         )
     series = Series.from_frame(pd.concat(parts).dropna())
-    lines = glucobench("mostoles", series, CONFIGS["colas"], STAY, seeds=(10, 11))
+    lines = glucobench("mostoles", series, CONFIGS["colas"], STAY, 120, seeds=(10, 11))
     found = {(line.split, line.model): line for line in lines}
     assert found["OOD", "linear"].median_rmse == pytest.approx(5.33, abs=0.8)
     assert found["OOD", "linear"].median_rmse < found["OOD", "persistence"].median_rmse
@@ -123,5 +123,5 @@ def test_by_patient_scores_all_people_in_folds(monkeypatch: pytest.MonkeyPatch) 
 def test_an_unknown_data_set_is_refused(tmp_path: Path) -> None:
     """GlucoBench has settings for its own data sets only; the refusal names them."""
     with pytest.raises(BadInput) as refused:
-        glucobench_text({"elsewhere": waves(1, 50)}, STAY, tmp_path)
+        glucobench_text({"elsewhere": waves(1, 50)}, STAY, 120, tmp_path)
     assert "colas" in (refused.value.hint or "")

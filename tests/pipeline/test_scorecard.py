@@ -11,9 +11,14 @@ import pandas as pd
 import pytest
 
 from data_schemas.errors import BadInput
+from data_schemas.units import HORIZON_MINUTES
+from pipeline import comparison
+from pipeline.adaptation import past_of, replayed
 from pipeline.assessment import Request, assess
-from pipeline.scorecard import baselines, folds_by_person, merged, read_series, restricted
-from pipeline.windows import Series, WindowSpec, cut_windows
+from pipeline.fitting import FitPlan
+from pipeline.score_tables import metrics
+from pipeline.scorecard import Fold, baselines, folds_by_person, merged, read_series, restricted, score
+from pipeline.windows import Batch, Float32, Series, WindowSpec, cut_windows
 
 
 def frame(people: int, points: int = 260, seed: int = 0) -> pd.DataFrame:
@@ -81,6 +86,32 @@ def test_every_learning_baseline_beats_persistence_on_other_people() -> None:
     assert error["trees"] < error["persistence"]
 
 
+def widened(batch: Batch) -> tuple[Float32, Float32]:
+    """The last reading, and quantiles around it."""
+    stay = np.repeat(batch.last[:, None], len(HORIZON_MINUTES), axis=1)
+    return stay, stay[..., None] + np.array([-30, -10, 0, 10, 30], np.float32)
+
+
+def raised(batch: Batch) -> tuple[Float32, None]:
+    """50 mg/dL above the last reading."""
+    return widened(batch)[0] + 50, None
+
+
+def test_a_site_may_have_a_model_of_its_own_and_each_person_a_correction() -> None:
+    """Predictors are taken site by site, and the personal scores are those of each person's own replayed past."""
+    windows = cut_windows(series(2), WindowSpec())
+    fold = Fold([windows, windows], [("a", windows), ("b", windows)])
+    card = score([fold], lambda _: {"local": [widened, raised], "ours": [widened, widened]}, ("ours", "personal"))
+    found = metrics(card)
+    assert found["rmse_30/a/local"] == found["rmse_30/a/ours"] == found["rmse_30/b/ours"]
+    assert found["bias_30/pooled/local"] == pytest.approx(found["bias_30/pooled/ours"] + 25, abs=0.01)
+    assert all(math.isfinite(v) for v in found.values())
+    first = slice(0, windows.offsets[1])
+    expected, _ = replayed(past_of(windows, windows.anchors[first], lambda x, last: widened(Batch(x, x, x, last))))
+    assert np.array_equal(card.scored["personal"].forecast[first], expected)
+    assert not np.array_equal(expected, card.scored["ours"].forecast[first])
+
+
 def test_reading_order_does_not_matter(tmp_path: Path) -> None:
     """A shuffled file is the same series; of two readings in one second the lower stays."""
     plain, shuffled = tmp_path / "a.csv", tmp_path / "b.csv"
@@ -94,14 +125,17 @@ def test_reading_order_does_not_matter(tmp_path: Path) -> None:
     assert np.array_equal(first.glucose_mg_dl, second.glucose_mg_dl)
 
 
-def test_an_evaluation_of_files_is_written_whole(tmp_path: Path) -> None:
+def test_an_evaluation_of_files_is_written_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`evaluate` on two files scores every model by site and people, and writes valid JSON, a page and pictures."""
+    for name in ("LOCAL_FIT", "POOLED_FIT"):
+        monkeypatch.setattr(comparison, name, FitPlan(steps=2))
     paths = [tmp_path / "north.csv", tmp_path / "south.csv"]
     for seed, path in enumerate(paths):
         frame(2, 150, seed=seed).to_csv(path, index=False)
     text = assess(Request(None, tuple(paths), {}, None, tmp_path / "out", "UTC"), lambda _: None)
     scores = json.loads((tmp_path / "out" / "scores.json").read_text())
-    assert list(scores["models"]) == ["persistence", "linear", "AR", "ridge", "trees", "model", "model, personal"]
+    learned = ["AR", "ridge", "trees", "local-only", "pooled"]
+    assert list(scores["models"]) == ["persistence", "linear", *learned, "model", "model, personal"]
     for model in scores["models"].values():
         assert [s["name"] for s in model["evaluation"]["sites"]] == ["north", "south"]
         assert model["evaluation"]["pooled"]["people"] == 4
