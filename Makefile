@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow browser deployment postgresql faults lint bench audit recompute coverage openapi contract lock clean fuzz anchor containers
+.PHONY: demo test test-slow browser deployment postgresql faults drills lint bench audit recompute coverage openapi contract lock clean fuzz anchor containers
 
 .venv/installed: pyproject.toml requirements.lock
 	$(PYTHON) -m venv .venv
@@ -33,7 +33,12 @@ deployment: .venv/installed
 faults: .venv/installed
 	$(BIN)/python -m tests.faults --rounds 200 --seed 1
 
-# The same in containers: builds the images (BASE, NGINX and PODMAN_BUILD_OPTIONS say from what) and runs them.
+# Real processes killed, cut off, slowed down and filled up in the middle of rounds, over an hour for all;
+# DRILLS="superlink disk/reserved" takes those that begin so. On Debian `apt-get install faketime`; a full disk needs root.
+drills: .venv/installed
+	$(BIN)/python -m tests.deployment.drills $(DRILLS)
+
+# A federation in containers: builds the images (BASE, NGINX and PODMAN_BUILD_OPTIONS say from what) and runs them.
 containers: .venv/installed
 	PYTHON=$(BIN)/python deploy/containers.sh
 

@@ -7,6 +7,7 @@ import pwd
 import shutil
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -120,3 +121,14 @@ def test_a_password_in_the_url_is_refused(tmp_path: Path) -> None:
     """It would lie in aggregator.toml, which is no key file."""
     with pytest.raises(ValueError, match="mlflow_database"):
         AggregatorSettings(federation="x", mlflow_database="postgresql+psycopg://islet:secret@127.0.0.1/mlflow")
+
+
+def test_the_superlink_keeps_to_sqlite(server: str) -> None:
+    """The open-source Flower refuses this server; once it does not, docs/deployment.md has another story to tell."""
+    program = str(Path(sys.executable).parent / "flower-superlink")
+    command = [program, "--insecure", "--host", "127.0.0.1", "--database", server]
+    quiet = {**os.environ, "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
+    done = subprocess.run(command, env=quiet, capture_output=True, text=True, timeout=120, check=False)
+
+    assert done.returncode != 0
+    assert "Unsupported value for `--database`" in done.stdout + done.stderr
