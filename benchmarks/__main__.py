@@ -1,4 +1,4 @@
-"""All of docs/performance.md: `python -m benchmarks [--quick] [--jax PYTHON]`, twenty minutes or so on two cores.
+"""All of docs/performance.md: `python -m benchmarks [--quick] [--jax PYTHON]`, half an hour or so on two cores.
 
 The last table has a published peer where `make bench` has made its environment.
 """
