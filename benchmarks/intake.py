@@ -2,19 +2,22 @@
 
 python -m benchmarks.intake [--people 1000] [--days 90]
 
-Makes its own exports, one file for each person in the canonical layout. The peer is pandas.read_csv of the same files,
-in the same run: what it takes to look at the text at all. Ratios are of processor time, which other work on the machine
-changes little.
+Makes its own exports in the canonical layout: a file for each person, and all people in one file in order of time. The
+peer is pandas.read_csv of the same files, in the same run: what it takes to look at the text at all. Ratios are of
+processor time, which other work on the machine changes little; time and memory are those of all processes together.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import shutil
 import sys
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +26,7 @@ import pyarrow as pa
 from pyarrow import compute
 from pyarrow import csv as arrow_csv
 
-from benchmarks.measuring import fresh_process, peak_megabytes, table
+from benchmarks.measuring import fresh_process, table
 
 STEP_S, DAY_S = 300, 86_400
 START_S = 1_704_067_200  # 2024-01-01
@@ -49,6 +52,26 @@ def write_exports(folder: Path, people: int, first_day: int, days: int) -> None:
             folder / f"{number:05d}.csv",
             arrow_csv.WriteOptions(quoting_style="none", quoting_header="none"),
         )
+
+
+def write_one_export(folder: Path, people: int, days: int) -> None:
+    """Write one file, in order of time: all people at the first step, all at the next, and so on."""
+    folder.mkdir(parents=True)
+    person, steps = np.arange(people), DAY_S // STEP_S
+    names = pa.array([f"person-{number:05d}" for number in person])
+    draw = np.random.default_rng(people)
+    with (folder / "all.csv").open("wb") as file:
+        for day in range(days):
+            step = np.arange(day * steps, (day + 1) * steps)[:, None]
+            second = (START_S + STEP_S * step + person % STEP_S).reshape(-1)
+            wave = 140 + 40 * np.sin(step / (20 + person % 40)) + draw.normal(0, 3, (steps, people))
+            columns = {
+                "patient": names.take(pa.array(np.tile(person, steps))),
+                "time": compute.strftime(pa.array(second, pa.timestamp("s")), format="%Y-%m-%dT%H:%M:%S"),
+                "glucose_mg_dl": pa.array(wave.reshape(-1).round().astype(int)),
+            }
+            plain = arrow_csv.WriteOptions(include_header=day == 0, quoting_style="none", quoting_header="none")
+            arrow_csv.write_csv(pa.table(columns), file, plain)
 
 
 def read_csv(folder: Path) -> dict[str, float]:
@@ -84,43 +107,56 @@ def train(store: Path) -> dict[str, float]:
     torch.set_num_threads(1)
     started, used = time.perf_counter(), time.process_time()
     windows = cut_windows(Store(store).series(), WindowSpec(), allocate=scratch(store))
-    cut, used = time.perf_counter(), time.process_time() - used
+    cut = time.perf_counter()
     spec = ForecasterSpec()
     plan = LocalPlan(
         steps=20, learning_rate=0.1, sample_rate=0.05, noise_multiplier=1.0, max_grad_norm=1.0, windows_per_patient=4
     )
     train_steps(flatten(Forecaster(spec)), spec, windows, plan, len(windows.series.patients), SeededNoise(1))
-    return {"seconds": cut - started, "cpu": used, "training": time.perf_counter() - cut, "rows": len(windows)}
+    end, cpu = time.perf_counter(), time.process_time() - used
+    return {"seconds": end - started, "cpu": cpu, "cutting": cut - started, "training": end - cut, "rows": len(windows)}
+
+
+PARTS = {"read_csv": read_csv, "import": import_all, "train": train}
 
 
 def main(arguments: list[str]) -> None:
     """Print the table, or one part's numbers as JSON."""
     if arguments[:1] == ["--part"]:
-        part = {"read_csv": read_csv, "import": import_all, "train": train}[arguments[1]]
-        memory = OwnMemory()
-        print(json.dumps({**part(*map(Path, arguments[2:])), "peak": peak_megabytes(), "own": memory.peak}))
+        watch = Watch()
+        found = PARTS[arguments[1]](*map(Path, arguments[2:]))
+        watch.stop()
+        found["cpu"] += watch.others_cpu
+        print(json.dumps({**found, "peak": watch.peak, "own": watch.own}))
         return
     parser = argparse.ArgumentParser()
     parser.add_argument("--people", type=int, default=1000)
     parser.add_argument("--days", type=int, default=90)
     asked = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as home:
-        all_days, day, store = Path(home) / "all", Path(home) / "day", Path(home) / "store"
-        write_exports(all_days, asked.people, 0, asked.days)
-        write_exports(day, asked.people, asked.days, 1)
-        bare = part_of("read_csv", all_days)
-        rows = [line("pandas.read_csv", bare, bare), line("import", part_of("import", all_days, store), bare)]
-        bare_day = part_of("read_csv", day)
-        rows += [
-            line("pandas.read_csv, a day", bare_day, bare_day),
-            line("a day more", part_of("import", day, store), bare_day),
-        ]
-        trained = part_of("train", store)
-        rows += [line("cutting windows", trained, bare)]
-        size = sum(path.stat().st_size for path in store.rglob("*") if path.is_file()) / 2**20
-    print(f"\n{asked.people:,} people, {asked.days} days; the store has {size:,.0f} MB\n")
+        measured(Path(home), asked.people, asked.days)
+
+
+def measured(home: Path, people: int, days: int) -> None:
+    """Make the exports, measure every part in a process of its own, and print the table."""
+    write_exports(home / "all", people, 0, days)
+    write_exports(home / "day", people, days, 1)
+    rows = []
+    for what, name in (("a file for each person", "all"), ("a day more", "day")):
+        bare = part_of("read_csv", home / name)
+        rows += [line(f"pandas.read_csv, {what}", bare, bare)]
+        rows += [line(f"import, {what}", part_of("import", home / name, home / "store"), bare)]
+    trained = part_of("train", home / "store")
+    rows += [line("cutting windows and 20 private steps", trained, bare)]
+    for name in ("all", "day", "store"):
+        shutil.rmtree(home / name)
+    write_one_export(home / "one", people, days)
+    bare = part_of("read_csv", home / "one")
+    rows += [line("pandas.read_csv, one file", bare, bare)]
+    rows += [line("import, one file", part_of("import", home / "one", home / "store"), bare)]
+    print(f"\n{people:,} people, {days} days\n")
     print(table(["what", "rows", "seconds", "of it CPU", "times read_csv", "peak MB", "own"], rows))
-    print(f"\n20 private steps over the store: {trained['training']:.1f} s")
+    print(f"\ncutting windows {trained['cutting']:.1f} s, 20 private steps over the store {trained['training']:.1f} s")
 
 
 def part_of(name: str, *paths: Path) -> dict[str, float]:
@@ -143,21 +179,63 @@ def line(what: str, part: dict[str, float], bare: dict[str, float]) -> list[str]
     ]
 
 
-class OwnMemory(threading.Thread):
-    """Watches how much memory is this process's own: mapped files aside, which the system may take back."""
+class Watch(threading.Thread):
+    """Watches this process and those it started, five times a second.
+
+    peak: MB, what they share counted once.  own: without mapped files, which the system may take back.  others_cpu:
+    seconds that the others used.
+    """
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
-        self.peak = 0.0
+        self.peak = self.own = 0.0
+        self._cpu: dict[str, float] = {}
+        self._ended = threading.Event()
         self.start()
 
+    @property
+    def others_cpu(self) -> float:
+        """Seconds of processor time that the other processes used."""
+        return sum(self._cpu.values())
+
     def run(self) -> None:
-        """Look ten times a second."""
-        while True:
-            status = Path("/proc/self/status").read_text(encoding="ascii")
-            anonymous = next(float(li.split()[1]) for li in status.splitlines() if li.startswith("RssAnon"))
-            self.peak = max(self.peak, anonymous / 1024)
-            time.sleep(0.1)
+        """Look until stopped."""
+        while not self._ended.wait(0.2):
+            self._look()
+
+    def stop(self) -> None:
+        """Look no more."""
+        self._ended.set()
+        self.join()
+
+    def _look(self) -> None:
+        peak = own = 0.0
+        for process in family(str(os.getpid())):
+            with suppress(OSError):
+                rows = Path(f"/proc/{process}/smaps_rollup").read_text(encoding="ascii").splitlines()[1:]
+                size = {row.split()[0]: float(row.split()[1]) / 1024 for row in rows}
+                peak, own = peak + size["Pss:"], own + size["Pss_Anon:"]
+                if process != str(os.getpid()):
+                    ticks = _stat(process)[11:13]
+                    self._cpu[process] = sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
+        self.peak, self.own = max(self.peak, peak), max(self.own, own)
+
+
+def family(process: str) -> list[str]:
+    """The process, and those that it and they started."""
+    above = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            above[path.name] = _stat(path.name)[1]
+    found = [process]
+    for one in found:
+        found += [child for child, parent in above.items() if parent == one]
+    return found
+
+
+def _stat(process: str) -> list[str]:
+    """Fields of proc(5) stat from the state on: what is before may hold spaces."""
+    return Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
 
 
 if __name__ == "__main__":

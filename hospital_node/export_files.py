@@ -17,12 +17,16 @@ from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeAlias
 
 from data_schemas.errors import BadInput
 
+# Size, time of the last change and SHA-256 of a file.
+Print: TypeAlias = tuple[int, int, str]
+
 _GZIP_MAGIC = b"\x1f\x8b"
 _ZIP_MAGIC = b"PK\x03\x04"
+PACKED = (_GZIP_MAGIC, _ZIP_MAGIC, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _BROKEN = (EOFError, OSError, zlib.error, zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError)
 MAX_UNPACKED_BYTES = 2 << 30
 _AGAIN = "export it again from the source and import the whole file"
@@ -42,6 +46,11 @@ class ExportFile:
     raw_sha256: str
     sha256: str
     content: bytes
+
+    @property
+    def print(self) -> Print:
+        """Tells whether it is still the same file on the disk."""
+        return (self.size, self.mtime_ns, self.raw_sha256)
 
 
 def find_files(folder: Path, pattern: str) -> tuple[Path, ...]:
@@ -73,7 +82,17 @@ def each_file(folder: Path, pattern: str, only: Container[Path] | None = None) -
     paths, (_, _, inner) = find_files(folder, pattern), pattern.partition(".zip/")
     for number, path in enumerate(paths, start=1):
         if only is None or path in only:
-            yield from _read_path(path, f"file {number} of {len(paths)} in name order", inner)
+            yield from _read_path(path, place_of(number, len(paths)), inner)
+
+
+def place_of(number: int, count: int) -> str:
+    """Return what stands for a file's name."""
+    return f"file {number} of {count} in name order"
+
+
+def labelled(place: str, sha256: str) -> str:
+    """Return what a file is called in errors and reports."""
+    return f"{place} (sha256 {sha256[:12]})"
 
 
 def outer(pattern: str) -> str:
@@ -117,7 +136,7 @@ def _read_path(path: Path, place: str, inner: str) -> list[ExportFile]:
     except OSError as error:
         raise BadInput(f"{place} cannot be read: {error.strerror}", "check its permissions") from None
     outer = _sha256(raw)
-    label = f"{place} (sha256 {outer[:12]})"
+    label = labelled(place, outer)
     made = functools.partial(ExportFile, path, size=state.st_size, mtime_ns=state.st_mtime_ns, raw_sha256=outer)
     if not inner:
         return [made(label=label, sha256=outer, content=_unpack(raw, label))]

@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 import sqlite3
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, replace
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -17,11 +18,15 @@ import pandas as pd
 
 from data_schemas.canonical import canonical_bytes
 from data_schemas.errors import BadInput
-from data_schemas.reading import Flag, QualityReport, ValidReadings
-from hospital_node.account import NOTHING, account_of
-from hospital_node.measures import seconds_of
+from data_schemas.reading import COLUMNS, QualityReport, ValidReadings
+from hospital_node.account import NOTHING
+from hospital_node.checked import CheckedPart, Span, spans_of
+from hospital_node.measures import NEAR_S, seconds_of
 from hospital_node.portrait import Portrait
-from hospital_node.segments import Segments
+from hospital_node.segments import Segments, arrow_bytes, rows_of
+
+Int: TypeAlias = npt.NDArray[np.int64]
+Float32: TypeAlias = npt.NDArray[np.float32]
 
 # Rules of the store itself, beside those of the expectation suite.
 FILE_ALREADY_IMPORTED = "file-already-imported"
@@ -47,10 +52,13 @@ class Freshness:
 
 
 class Incoming:
-    """The parts of one import, inside one transaction of the catalogue. Parts hold different people."""
+    """The parts of one import, inside one transaction of the catalogue. Parts hold different people.
 
-    def __init__(self, db: sqlite3.Connection, segments: Segments) -> None:
-        self._db, self._segments = db, segments
+    most_mg_dl: by which readings of a person within NEAR_S may differ.
+    """
+
+    def __init__(self, db: sqlite3.Connection, segments: Segments, most_mg_dl: float) -> None:
+        self._db, self._segments, self._most_mg_dl = db, segments, most_mg_dl
         self._before = {str(row[0]) for row in db.execute("SELECT sha256 FROM sources")}
         self._new: list[str] = []
         self._newest_s = 0
@@ -58,17 +66,28 @@ class Incoming:
         self.account = NOTHING
         self.number: int | None = None
 
-    def add(
-        self, valid: ValidReadings, quarantined: pd.DataFrame, report: QualityReport, rows_by_file: Mapping[str, int]
-    ) -> None:
-        """Write what is new of a part. rows_by_file: rows in, by the file's SHA-256. Raises StorageFailed, BadInput."""
-        if not report.balanced:
+    def add(self, part: CheckedPart) -> None:
+        """Write what is new of a part. Raises StorageFailed, BadInput."""
+        if not part.account.report.balanced:
             raise BadInput("the report of this import does not add up", "pass on the report that validate() returned")
-        stored = stored_values(self._db, self._segments, valid.frame)
-        fresh, held, final = _compare(valid.frame, quarantined, report, self._before, stored)
-        self._write("readings", fresh)
-        self._write("quarantine", held)
-        self.account += account_of(rows_by_file, fresh, held, final)
+        if self._before & part.account.files.keys() or any(places_of(self._db, span) for span in part.spans):
+            part = self._what_is_new(part)
+        if part.readings:
+            self._newest_s = max(self._newest_s, *(span.last_s for span in part.spans))
+            self._write("readings", part.readings, part.account.report.accepted, part.spans)
+        if len(part.quarantined):
+            self._write("quarantine", arrow_bytes(part.quarantined), len(part.quarantined))
+        self.account += part.account
+
+    def _what_is_new(self, part: CheckedPart) -> CheckedPart:
+        """Return the part without what the store holds already."""
+        valid = rows_of(part.readings) if part.readings else part.quarantined[list(COLUMNS)][:0]
+        stored = stored_beside(self._db, self._segments, valid)
+        fresh, held, report = _compare(
+            valid, part.quarantined, part.account.report, self._before, stored, self._most_mg_dl
+        )
+        rows_by_file = {source: file.rows_in for source, file in part.account.files.items()}
+        return CheckedPart.of(ValidReadings(fresh), held, report, rows_by_file)
 
     def finish(self, flagged: Mapping[str, int], origin: str = "") -> None:
         """Add flags about the people as a whole, and note the import, unless all of its files were there before.
@@ -101,38 +120,16 @@ class Incoming:
         for name in self._new:
             self._segments.remove(name)
 
-    def _write(self, kind: str, frame: pd.DataFrame) -> None:
-        if not len(frame):
-            return
-        name, new = self._segments.write(frame)
+    def _write(self, kind: str, content: bytes, rows: int, spans: tuple[Span, ...] = ()) -> None:
+        name, new = self._segments.write(content)
         self._new += [name] if new else []
-        if kind == "readings":
-            self._newest_s = max(self._newest_s, int(seconds_of(frame).max()))
-        note_segment(self._db, name, kind, frame)
+        note_segment(self._db, name, kind, rows, spans)
 
 
-def note_segment(db: sqlite3.Connection, name: str, kind: str, frame: pd.DataFrame) -> None:
-    """Name a segment in the catalogue and, of readings, where each person's rows lie (sorted by person and time)."""
-    db.execute("INSERT INTO segments VALUES (?, ?, ?)", (name, kind, len(frame)))
-    if kind != "readings":
-        return
-    person, names = pd.factorize(frame["patient"])
-    second = seconds_of(frame)
-    first = np.flatnonzero(np.append(True, np.diff(person) != 0))
-    last = np.append(first[1:], len(person)) - 1
-    made = np.add.reduceat((frame["flags"].to_numpy() & int(Flag.INTERPOLATED)) != 0, first, dtype=np.int64)
-    rows = zip(
-        first.tolist(),
-        (last - first + 1).tolist(),
-        made.tolist(),
-        second[first].tolist(),
-        second[last].tolist(),
-        strict=True,
-    )
-    db.executemany(
-        "INSERT INTO people VALUES (?, ?, ?, ?, ?, ?, ?)",
-        [(str(names[person[row[0]]]), name, *row) for row in rows],
-    )
+def note_segment(db: sqlite3.Connection, name: str, kind: str, rows: int, spans: Sequence[Span] = ()) -> None:
+    """Name a segment in the catalogue and, of readings, where each person's rows lie."""
+    db.execute("INSERT INTO segments VALUES (?, ?, ?)", (name, kind, rows))
+    db.executemany("INSERT INTO people VALUES (?, ?, ?, ?, ?, ?, ?)", [(s[0], name, *s[1:]) for s in spans])
 
 
 def freshness(db: sqlite3.Connection) -> dict[str, Freshness]:
@@ -148,27 +145,52 @@ def past(db: sqlite3.Connection) -> Portrait:
     return sum(portraits, start=Portrait.empty())
 
 
-def stored_values(db: sqlite3.Connection, segments: Segments, frame: pd.DataFrame) -> npt.NDArray[np.float32]:
-    """Return, for each row, the glucose that is stored of its person at its second; nan where none is."""
-    found = np.full(len(frame), np.nan, dtype=np.float32)
-    if not len(frame):
-        return found
-    person, names = pd.factorize(frame["patient"])
-    second = seconds_of(frame)
-    times = pd.Series(second).groupby(person)
-    first, last = times.min(), times.max()
-    for code, name in enumerate(names):
-        places = db.execute(
-            "SELECT segment, first_row, rows FROM people WHERE patient = ? AND last_s >= ? AND first_s <= ?",
-            (str(name), int(first[code]), int(last[code])),
-        ).fetchall()
+def places_of(db: sqlite3.Connection, span: Span) -> list[tuple[str, int, int]]:
+    """Return where the person's stored rows lie (segment, first row, rows) that may be at these times or near."""
+    return db.execute(
+        "SELECT segment, first_row, rows FROM people WHERE patient = ? AND last_s >= ? AND first_s <= ?",
+        (span.patient, span.first_s - NEAR_S, span.last_s + NEAR_S),
+    ).fetchall()
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """What the store holds of each row's person. value: mg/dL at its second, nan: none.
+
+    difference: mg/dL, the largest to a stored reading at another second within NEAR_S; 0 without one.
+    """
+
+    value: Float32
+    difference: Float32
+
+
+def stored_beside(db: sqlite3.Connection, segments: Segments, frame: pd.DataFrame) -> Stored:
+    """Return what is stored at and beside each row of `frame`, which is sorted by person and time."""
+    value, difference = np.full(len(frame), np.nan, dtype=np.float32), np.zeros(len(frame), dtype=np.float32)
+    second, glucose = seconds_of(frame), frame["glucose_mg_dl"].to_numpy(np.float32)
+    for span in spans_of(frame):
+        places = places_of(db, span)
         if places:
-            mine = np.flatnonzero(person == code)
+            mine = slice(span.first_row, span.first_row + span.rows)
             there = segments.frame(places, ("measured_at", "glucose_mg_dl"))
-            held = pd.Series(there["glucose_mg_dl"].to_numpy(), index=seconds_of(there))
-            held = held[~held.index.duplicated()]
-            found[mine] = held.reindex(second[mine]).to_numpy(dtype=np.float32)
-    return found
+            times, first = np.unique(seconds_of(there), return_index=True)
+            held = there["glucose_mg_dl"].to_numpy(np.float32)[first]
+            value[mine], difference[mine] = _beside(second[mine], glucose[mine], times, held)
+    return Stored(value, difference)
+
+
+def _beside(second: Int, glucose: Float32, times: Int, held: Float32) -> tuple[Float32, Float32]:
+    """Return the value held at each second, and the largest difference to those held near it; times increase."""
+    after = np.searchsorted(times, second, side="left")
+    there = times.take(after, mode="clip") == second
+    value = np.where(there, held.take(after, mode="clip"), np.float32(np.nan))
+    difference = np.zeros(len(second), dtype=np.float32)
+    for at in (after - 1, after + there):
+        inside = (at >= 0) & (at < len(times))
+        near = inside & (np.abs(times.take(at, mode="clip") - second) <= NEAR_S)
+        apart = np.abs(held.take(at, mode="clip") - glucose)
+        difference = np.where(near, np.maximum(difference, apart), difference)
+    return value, difference
 
 
 def _compare(
@@ -176,12 +198,13 @@ def _compare(
     quarantined: pd.DataFrame,
     report: QualityReport,
     before: set[str],
-    stored: npt.NDArray[np.float32],
+    stored: Stored,
+    most_mg_dl: float,
 ) -> tuple[pd.DataFrame, pd.DataFrame, QualityReport]:
     """Return what is new: readings, quarantined rows, and the report in which every row still has one place."""
     known, known_held = valid["source"].isin(before).to_numpy(), quarantined["source"].isin(before).to_numpy()
-    same = ~known & (stored == valid["glucose_mg_dl"].to_numpy())
-    other = ~known & ~same & ~np.isnan(stored)
+    same = ~known & (stored.value == valid["glucose_mg_dl"].to_numpy())
+    other = ~known & ~same & (~np.isnan(stored.value) | (stored.difference > most_mg_dl))
     held = quarantined[~known_held]
     if other.any():
         held = pd.concat([held, valid[other].assign(rule=CONFLICTS_WITH_STORED)], ignore_index=True)

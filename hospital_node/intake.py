@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,9 +15,10 @@ from data_schemas.errors import BadInput
 from data_schemas.layout import Interpolation, Layout
 from data_schemas.reading import COLUMNS, Flag, Readings
 from data_schemas.units import MG_DL_PER_MMOL_L, SENSOR_MAX_MG_DL, SENSOR_MIN_MG_DL
+from hospital_node.crew import Run, in_turn
 from hospital_node.events import Elsewhere, add_channels
-from hospital_node.export_files import ExportFile, read_files, refuse_if_changed
-from hospital_node.parts import split
+from hospital_node.export_files import find_files
+from hospital_node.parts import Share, split
 from hospital_node.rows import Raw, number, pseudonym, pseudonyms, read_raw, repeated, stamps_of
 from hospital_node.stamps import Stamps, zone_of
 
@@ -29,6 +30,9 @@ Int: TypeAlias = npt.NDArray[np.int64]
 KEY_BYTES = 32
 # The median of anybody's day lies far above 35 mg/dL and far below 35 mmol/L.
 _UNIT_BORDER = 35.0
+
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +47,10 @@ class Part:
     labels: Mapping[str, str]
 
 
+def _as_it_is(part: Any) -> Any:
+    return part
+
+
 def read_exports(
     folder: Path, layout: Layout, zone: str | None, pseudonym_key: bytes, only: Container[Path] | None = None
 ) -> Readings:
@@ -51,29 +59,43 @@ def read_exports(
     As read_parts, in one part: what is read must fit the memory.
     """
     elsewhere = _checked(folder, layout, zone, pseudonym_key)
-    return _read(read_files(folder, layout.glucose_files, only), elsewhere, first_row=0).readings
+    paths = tuple(path for path in find_files(folder, layout.glucose_files) if only is None or path in only)
+    return _read(Share(paths), elsewhere).readings
 
 
 def read_parts(
-    folder: Path, layout: Layout, zone: str | None, pseudonym_key: bytes, only: Container[Path] | None = None
-) -> Iterator[Part]:
-    """Yield the readings of the export in `folder` in parts of bounded size that hold different people.
+    folder: Path,
+    layout: Layout,
+    zone: str | None,
+    pseudonym_key: bytes,
+    only: Container[Path] | None = None,
+    *,
+    run: Run = in_turn,
+    then: Callable[[Part], Result] = _as_it_is,
+) -> Iterator[Result]:
+    """Yield what `then` makes of each part of the export in `folder`: bounded in size, with people of its own.
 
     zone: IANA name from the node's settings; None takes the layout's. pseudonym_key: 32 secret bytes of this node.
-    only: read these glucose files alone. Values that do not parse stay as rows without a value (Flag.UNREADABLE) or
-    without a time; validation quarantines them. Raises BadInput for a missing column, an empty or truncated file, an
-    ambiguous or contradicted date order or unit, an unknown zone, and a file that changed meanwhile.
+    only: read these glucose files alone. run: where the work is done. Values that do not parse stay as rows without a
+    value (Flag.UNREADABLE) or without a time; validation quarantines them. Raises BadInput for a missing column, an
+    empty or truncated file, an ambiguous or contradicted date order or unit, an unknown zone, and a file that changed
+    meanwhile.
     """
     elsewhere = _checked(folder, layout, zone, pseudonym_key)
-    parts = split(folder, layout, only)
-    elsewhere = replace(elsewhere, layout=parts.layout(layout))
-    rows = 0
-    for at in range(len(parts.paths)):
-        files = parts.read(folder, layout, at)
-        part = _read(files, elsewhere, first_row=rows)
-        rows += part.readings.rows_in
-        yield part
+    parts = split(folder, layout, only, run)
+    yield from run(_ReadThen(replace(elsewhere, layout=parts.layout(layout)), then), parts.shares)
     parts.refuse_if_changed()
+
+
+@dataclass(frozen=True, slots=True)
+class _ReadThen(Generic[Result]):
+    """Reads a part and makes something of it. What both learn stays for the parts that follow."""
+
+    elsewhere: Elsewhere
+    then: Callable[[Part], Result]
+
+    def __call__(self, share: Share) -> Result:
+        return self.then(_read(share, self.elsewhere))
 
 
 def _checked(folder: Path, layout: Layout, zone: str | None, pseudonym_key: bytes) -> Elsewhere:
@@ -85,9 +107,10 @@ def _checked(folder: Path, layout: Layout, zone: str | None, pseudonym_key: byte
     return Elsewhere(folder, layout, zone_name, pseudonym_key)
 
 
-def _read(files: tuple[ExportFile, ...], elsewhere: Elsewhere, first_row: int) -> Part:
-    """Return what these files hold; rows are numbered from first_row on."""
+def _read(share: Share, elsewhere: Elsewhere) -> Part:
+    """Return what the files of a share hold."""
     layout, zone_name = elsewhere.layout, elsewhere.zone
+    files = share.read(elsewhere.folder, layout)
     beside = tuple(channel for channel in layout.channels if channel.files is None)
     everything = read_raw(files, layout, beside, layout.time.columns, glucose=True)
     rows = everything.table["reading"].to_numpy(dtype=np.bool_)
@@ -101,8 +124,8 @@ def _read(files: tuple[ExportFile, ...], elsewhere: Elsewhere, first_row: int) -
     frame = _frame(raw, stamps, glucose, flags, zone_name or "UTC")
     frame["patient"] = pseudonyms(raw, layout, elsewhere.key)
     add_channels(frame, raw, everything.where(~rows), elsewhere)
-    refuse_if_changed(files)
-    frame["row"] += first_row
+    share.refuse_if_changed(files)
+    frame["row"] += share.first_row
     counts = np.bincount(raw.file, minlength=len(files)).tolist()
     rows_by_file: dict[str, int] = {}
     for file, count in zip(files, counts, strict=True):

@@ -27,7 +27,8 @@ from data_schemas.errors import StorageFailed
 from data_schemas.reading import COLUMNS, Flag, QualityReport, ValidReadings
 from data_schemas.units import SENSOR_MAX_MG_DL, SENSOR_MIN_MG_DL
 from hospital_node.incoming import APPS
-from hospital_node.row_rules import NEIGHBOUR_SECONDS, RowRules
+from hospital_node.measures import NEAR_S
+from hospital_node.row_rules import RowRules
 from hospital_node.store import ALREADY_STORED, CONFLICTS_WITH_STORED, Store
 from pipeline.forecasting import Float32, Int64
 
@@ -174,10 +175,10 @@ class Journal:
     def _against(self, seen: _Person, stored: tuple[Int64, Float32], time_s: int, glucose: float) -> str:
         """Compare a row with what is known of the same moment and right beside it."""
         times, values = stored
-        first, last = np.searchsorted(times, (time_s - NEIGHBOUR_SECONDS, time_s + NEIGHBOUR_SECONDS + 1)).tolist()
+        first, last = np.searchsorted(times, (time_s - NEAR_S, time_s + NEAR_S + 1)).tolist()
         near = dict(zip(times[first:last].tolist(), values[first:last].tolist(), strict=True))
-        low = bisect_left(seen.times, time_s - NEIGHBOUR_SECONDS)
-        high = bisect_left(seen.times, time_s + NEIGHBOUR_SECONDS + 1)
+        low = bisect_left(seen.times, time_s - NEAR_S)
+        high = bisect_left(seen.times, time_s + NEAR_S + 1)
         near |= {t: seen.glucose[t] for t in seen.times[low:high]}
         if time_s in near:
             return ALREADY_STORED if near[time_s] == glucose else CONFLICTS_WITH_STORED

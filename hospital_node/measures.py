@@ -17,7 +17,8 @@ Float: TypeAlias = npt.NDArray[np.float64]
 
 # Two readings closer than a grid step are compared as if a step apart: rounding alone would look like a jump.
 _JUMP_FLOOR_MIN = 5.0
-_NEAR_S = 150
+# Half a grid step: two readings so close are one moment's.
+NEAR_S = 150
 
 
 def measure_reading(frame: pd.DataFrame, now: datetime) -> pd.DataFrame:
@@ -45,7 +46,7 @@ def measure_stamp(frame: pd.DataFrame) -> pd.DataFrame:
     first = np.flatnonzero(~same_value)
     copy = np.arange(len(order)) - np.repeat(first, np.diff(np.append(first, len(order))))
     difference = np.abs(np.diff(glucose, prepend=np.nan))
-    near = same_person & (np.diff(second, prepend=0) <= _NEAR_S)
+    near = same_person & (np.diff(second, prepend=0) <= NEAR_S)
     before = np.where(near, difference, np.nan)
     measured = pd.DataFrame(
         {

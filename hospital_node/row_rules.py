@@ -13,8 +13,6 @@ from datetime import UTC, datetime
 from data_schemas.errors import BadInput
 from hospital_node.validation import Suite, load_suite
 
-# The suite's neighbour rule: half a grid step.
-NEIGHBOUR_SECONDS = 150
 # column of the suite -> what it is of a single row.
 _COLUMNS = ("glucose_mg_dl", "minutes_ahead_of_now", "year")
 _BESIDE = "difference_within_150_s_mg_dl"

@@ -123,12 +123,16 @@ def people_of(file: ExportFile, layout: Layout) -> frozenset[str]:
     """Return the identities of the people in a glucose file, for comparing files with each other only."""
     if not layout.identity.columns:
         return frozenset({identity_of(file, layout)})
+    return frozenset(str(name).strip() for name in identities_of(file, layout).dropna().unique())
+
+
+def identities_of(file: ExportFile, layout: Layout) -> pd.Series:
+    """Return the identity in each row of a file whose layout has columns for it."""
     beside = tuple(channel for channel in layout.channels if channel.files is None)
     wanted = _wanted(layout, beside, layout.time.columns, with_glucose=True)
     table = read_table(file, layout, replace(wanted, only=layout.identity.columns))
     _refuse_no_identity(file, layout, table)
-    names = _first_filled(table, layout.identity.columns).dropna().unique()
-    return frozenset(str(name).strip() for name in names)
+    return _first_filled(table, layout.identity.columns)
 
 
 def counts(table: pd.DataFrame, only: Only) -> Bool:
@@ -201,7 +205,11 @@ def stamps_of(raw: Raw, layout: Layout, zone: str | None) -> Stamps:
     """Return the UTC times of the rows."""
     times, table = layout.time, raw.table
     counter = Counter(number(table["counter"], layout), table["counter_of"]) if times.counter else None
-    return read_stamps(table["time"], raw.file, raw.labels, times, zone, counter)
+    whose = raw.file
+    if layout.identity.columns:
+        person, names = pd.factorize(table["identity"])
+        whose = raw.file * (len(names) + 1) + person
+    return read_stamps(table["time"], raw.file, raw.labels, times, zone, counter, whose)
 
 
 def pseudonym(identity: str, key: bytes) -> str:

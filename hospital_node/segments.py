@@ -26,9 +26,8 @@ class Segments:
         self._folder = folder
         self._open: dict[str, pa.Table] = {}
 
-    def write(self, frame: pd.DataFrame) -> tuple[str, bool]:
-        """Write rows durably and return the segment's name, and whether it is new. Raises OSError."""
-        content = _arrow_bytes(frame)
+    def write(self, content: bytes) -> tuple[str, bool]:
+        """Write a segment (arrow_bytes) durably; return its name, and whether it is new. Raises StorageFailed."""
         path = self._folder / f"{bytes_hash(content)}.arrow"
         new = not path.exists()
         write_durably(path, content, 0o600)
@@ -73,12 +72,23 @@ class Segments:
         return frame
 
 
+def rows_of(content: bytes) -> pd.DataFrame:
+    """Return the rows of a segment's bytes."""
+    with pa.ipc.open_file(pa.BufferReader(content)) as reader:
+        return _to_frame(reader.read_all())
+
+
+def _to_frame(table: pa.Table) -> pd.DataFrame:
+    frame: pd.DataFrame = _plain(table).to_pandas(types_mapper=_string_type)
+    return frame
+
+
 def _plain(table: pa.Table) -> pa.Table:
     fields = [field.with_type(pa.string()) if field.name in _REPEATING else field for field in table.schema]
     return table.cast(pa.schema(fields))
 
 
-def _arrow_bytes(frame: pd.DataFrame) -> bytes:
+def arrow_bytes(frame: pd.DataFrame) -> bytes:
     """Return an Arrow IPC file, uncompressed so that anybody can look for what must not be in it."""
     table = pa.Table.from_pandas(frame, preserve_index=False).replace_schema_metadata(None)
     for name in _REPEATING:

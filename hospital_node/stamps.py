@@ -14,6 +14,7 @@ import pandas as pd
 
 from data_schemas.errors import BadInput
 from data_schemas.layout import Times
+from hospital_node.fixed_stamps import read_fixed
 
 Bool: TypeAlias = npt.NDArray[np.bool_]
 Int: TypeAlias = npt.NDArray[np.int64]
@@ -62,10 +63,12 @@ def read_stamps(
     times: Times,
     zone: str | None,
     counter: Counter | None = None,
+    whose: Int | None = None,
 ) -> Stamps:
     """Return UTC times of the stamps in `text`.
 
-    files: each row's file number; labels: what the files are called in errors. Raises BadInput when the date order is
+    files: each row's file number; labels: what the files are called in errors; whose: a number for each person of
+    each file (None: a file is one person's). Raises BadInput when the date order is
     ambiguous or contradicted by the data, when most of a file's stamps do not fit the formats, and when a zone is
     needed and none is given. A stamp that does not parse is NaT, and so is one that a clock change skipped or
     repeated (marked).
@@ -78,23 +81,23 @@ def read_stamps(
     _refuse_unreadable((local.isna() & absolute.isna()).to_numpy(), files, labels, times)
     if not local.notna().any():
         return Stamps(absolute, local, np.zeros(len(text), dtype=np.bool_))
-    measured_at, clock_change = to_utc(local, files, zone_of(zone), counter)
+    measured_at, clock_change = to_utc(local, files if whose is None else whose, zone_of(zone), counter)
     return Stamps(measured_at.where(absolute.isna(), absolute), local, clock_change)
 
 
-def to_utc(local: pd.Series, files: Int, zone: ZoneInfo, counter: Counter | None = None) -> tuple[pd.Series, Bool]:
+def to_utc(local: pd.Series, whose: Int, zone: ZoneInfo, counter: Counter | None = None) -> tuple[pd.Series, Bool]:
     """Return UTC times of local wall-clock times and the mask of those that a clock change leaves without one.
 
-    A time that did not exist has none. A repeated hour is settled by order where that is exact: within one file
-    the clock goes back once, by 30 minutes or more, inside the hour; rows before are summer time, rows after
-    standard time. In a file that runs backwards the first rows are standard time. A device's counter settles what
-    order does not.
+    whose: a number for each person of each file. A time that did not exist has none. A repeated hour is settled by
+    order where that is exact: within one person's rows of a file the clock goes back once, by 30 minutes or more,
+    inside the hour; rows before are summer time, rows after standard time. In a file that runs backwards the first rows
+    are standard time. A device's counter settles what order does not.
     """
     settled = local.dt.tz_localize(zone, ambiguous="NaT", nonexistent="NaT")
     exists = local.dt.tz_localize(zone, ambiguous=np.ones(len(local), dtype=np.bool_), nonexistent="NaT")
     repeated = (settled.isna() & exists.notna()).to_numpy()
     if repeated.any():
-        summer, known = _by_order(local, files, repeated)
+        summer, known = _by_order(local, whose, repeated)
         if counter is not None:
             told, summer_told = _by_counter(local, settled, repeated, counter)
             summer, known = np.where(told, summer_told, summer), known | told
@@ -104,15 +107,15 @@ def to_utc(local: pd.Series, files: Int, zone: ZoneInfo, counter: Counter | None
     return settled.dt.tz_convert("UTC").astype("datetime64[s, UTC]"), clock_change
 
 
-def _by_order(local: pd.Series, files: Int, repeated: Bool) -> tuple[Bool, Bool]:
-    """Return, for repeated wall-clock times, whether each is summer time, and whether its file's order tells."""
+def _by_order(local: pd.Series, whose: Int, repeated: Bool) -> tuple[Bool, Bool]:
+    """Return, for repeated wall-clock times, whether each is summer time, and whether its person's order tells."""
     summer, known = np.zeros(len(local), dtype=np.bool_), np.zeros(len(local), dtype=np.bool_)
     rows = np.flatnonzero(repeated)
     seconds = _epoch_s(local)[rows]
-    nights = pd.DataFrame({"file": files[rows], "day": seconds // _DAY_S, "at": np.arange(len(rows))})
-    for _, night in nights.groupby(["file", "day"], sort=False):
+    nights = pd.DataFrame({"whose": whose[rows], "day": seconds // _DAY_S, "at": np.arange(len(rows))})
+    for _, night in nights.groupby(["whose", "day"], sort=False):
         at = night["at"].to_numpy()
-        sign = _direction(local, files, night["file"].iloc[0])
+        sign = _direction(local, whose, night["whose"].iloc[0])
         back = np.flatnonzero(sign * np.diff(seconds[at]) < 0)
         if len(back) == 1 and abs(seconds[at[back[0]]] - seconds[at[back[0] + 1]]) >= 1800:
             known[rows[at]] = True
@@ -120,9 +123,9 @@ def _by_order(local: pd.Series, files: Int, repeated: Bool) -> tuple[Bool, Bool]
     return summer, known
 
 
-def _direction(local: pd.Series, files: Int, file: int) -> int:
-    """Return 1 when most of the file's steps go forwards in time, else -1: a file that has its newest row first."""
-    steps = np.diff(_epoch_s(local[(files == file) & local.notna().to_numpy()]))
+def _direction(local: pd.Series, whose: Int, number: int) -> int:
+    """Return 1 when most of a person's steps go forwards in time, else -1: a file that has its newest row first."""
+    steps = np.diff(_epoch_s(local[(whose == number) & local.notna().to_numpy()]))
     return 1 if (steps > 0).sum() >= (steps < 0).sum() else -1
 
 
@@ -166,7 +169,22 @@ def _strptime(text: pd.Series, form: str) -> pd.Series:
     if form in _EPOCH_S:
         second = pd.to_numeric(text, errors="coerce") * _EPOCH_S[form]
         return pd.to_datetime(second.where(second.between(0, _LAST_S)), unit="s").astype("datetime64[s]")
-    return pd.to_datetime(text, format=form, errors="coerce").astype("datetime64[s]")
+    read = pd.Series(read_fixed(text, form), index=text.index)
+    odd = (read.isna() & text.notna()).to_numpy()
+    if odd.any():
+        read[odd] = pd.to_datetime(text[odd], format=form, errors="coerce").astype("datetime64[s]")
+    return read
+
+
+def _moments(text: pd.Series, form: str) -> pd.Series:
+    """Return UTC times of stamps with an offset, by a form that ends in %z."""
+    read: pd.Series = pd.Series(read_fixed(text, form.removesuffix("%z") + "Z"), index=text.index).dt.tz_localize("UTC")
+    plain = ~np.isnat(read_fixed(text, form.removesuffix("%z")))
+    odd = (read.isna() & text.notna()).to_numpy() & ~plain
+    if odd.any():
+        moments = pd.to_datetime(text[odd], format=form, errors="coerce", utc=True)
+        read[odd] = moments.astype("datetime64[s, UTC]")
+    return read
 
 
 def _parse(text: pd.Series, files: Int, labels: tuple[str, ...], times: Times) -> tuple[pd.Series, pd.Series]:
@@ -179,8 +197,7 @@ def _parse(text: pd.Series, files: Int, labels: tuple[str, ...], times: Times) -
         if not left.any():
             break
         if form.endswith("%z"):
-            moments = pd.to_datetime(text[left], format=form, errors="coerce", utc=True)
-            absolute[left] = moments.astype("datetime64[s, UTC]")
+            absolute[left] = _moments(text[left], form)
         elif form in _EPOCH_S:
             absolute[left] = _strptime(text[left], form).dt.tz_localize("UTC")
         else:

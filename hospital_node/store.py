@@ -24,6 +24,7 @@ import pandas as pd
 from data_schemas.errors import BadInput, StorageFailed
 from data_schemas.reading import COLUMNS, Flag, QualityReport, ValidReadings
 from data_schemas.units import SENSOR_MAX_MG_DL, SENSOR_MIN_MG_DL
+from hospital_node.checked import CheckedPart, spans_of
 from hospital_node.incoming import (
     ALREADY_STORED,
     CONFLICTS_WITH_STORED,
@@ -33,12 +34,14 @@ from hospital_node.incoming import (
     freshness,
     note_segment,
     past,
-    stored_values,
+    stored_beside,
 )
 from hospital_node.measures import seconds_of
 from hospital_node.portrait import Portrait
+from hospital_node.row_rules import row_rules
 from hospital_node.scratch import scratch
-from hospital_node.segments import Segments
+from hospital_node.segments import Segments, arrow_bytes
+from hospital_node.suites import Suite
 
 if TYPE_CHECKING:
     from pipeline.windows import Series
@@ -95,16 +98,18 @@ class Store:
                 )
 
     @contextmanager
-    def importing(self) -> Iterator[Incoming]:
+    def importing(self, suite: Suite | None = None) -> Iterator[Incoming]:
         """Return one import to add parts to: stored whole at the end of the block, or not at all after an error.
 
         Rows of a file imported before count as duplicates (FILE_ALREADY_IMPORTED), and so do readings already stored
         from another file (ALREADY_STORED); a reading whose person and second is stored with another value is
-        quarantined (CONFLICTS_WITH_STORED). Raises StorageFailed, with nothing changed.
+        quarantined (CONFLICTS_WITH_STORED), and so is one that differs from a stored one right beside it by more than
+        the suite (None: Islet's own) allows. Raises StorageFailed, with nothing changed.
         """
+        most_mg_dl = row_rules(suite).beside_limit.high
         with self._transaction() as db:
             self._segments.remove_all_but(self._named(db))
-            incoming = Incoming(db, self._segments)
+            incoming = Incoming(db, self._segments, most_mg_dl)
             try:
                 yield incoming
                 db.execute("COMMIT")
@@ -126,7 +131,8 @@ class Store:
         """
         rows = valid.frame["source"].value_counts().add(quarantined["source"].value_counts(), fill_value=0)
         with self.importing() as incoming:
-            incoming.add(valid, quarantined, report, {source: int(rows.get(source, 0)) for source in sources})
+            by_file = {source: int(rows.get(source, 0)) for source in sources}
+            incoming.add(CheckedPart.of(valid, quarantined, report, by_file))
             incoming.finish({}, origin)
         return incoming.account.report
 
@@ -219,9 +225,9 @@ class Store:
             try:
                 for kind, frame in (("readings", freed[list(COLUMNS)]), ("quarantine", held[~chosen])):
                     if len(frame):
-                        name, new = self._segments.write(frame)
+                        name, new = self._segments.write(arrow_bytes(frame))
                         written += [name] if new else []
-                        note_segment(db, name, kind, frame)
+                        note_segment(db, name, kind, len(frame), spans_of(frame) if kind == "readings" else ())
                 db.execute("COMMIT")
             except BaseException:
                 for name in written:
@@ -252,7 +258,7 @@ class Store:
             raise BadInput("a row without a time or a value cannot become a reading", hint)
         rows = rows.sort_values(["patient", "measured_at"], ignore_index=True)
         again = rows.duplicated(["patient", "measured_at"]).any()
-        if again or not np.isnan(stored_values(db, self._segments, rows)).all():
+        if again or not np.isnan(stored_beside(db, self._segments, rows).value).all():
             raise BadInput(
                 "a person would have two readings at one second", "release one of them and discard the others"
             )

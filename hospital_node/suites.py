@@ -60,7 +60,8 @@ class Suite:
 _OF_THE_STORE = {
     "file-already-imported": "The same file, byte for byte, was imported before.",
     "already-stored": "The same person, second and value came in another file before.",
-    "conflicts-with-stored": "The store has another value of this person at this second. Nothing tells which is right.",
+    "conflicts-with-stored": "The store has another value of this person at this second, or within two and a half "
+    "minutes one that differs by more than conflicting-neighbour allows. Nothing tells which is right.",
 }
 
 

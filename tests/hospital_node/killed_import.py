@@ -18,8 +18,8 @@ from typing import Any
 
 from data_schemas.layout import load_layout
 from hospital_node import importing, parts
+from hospital_node.checked import CheckedPart
 from hospital_node.importing import Export
-from hospital_node.judgement import Judge
 from hospital_node.store import Store
 from hospital_node.suites import load_suite
 
@@ -38,19 +38,16 @@ def export(folder: Path) -> Export:
     return Export(folder, load_layout("canonical"), None, KEY)
 
 
-def checked(exports: Export) -> list[tuple[Any, ...]]:
+def checked(exports: Export) -> list[CheckedPart]:
     """What an import stores: validation changes no file, so it is done once for all of them."""
-    return [
-        (valid, quarantined, report, part.rows_by_file)
-        for part, valid, quarantined, report in importing._checked(exports, Judge(load_suite()), [])
-    ]
+    return list(importing._checked(exports, load_suite()))
 
 
-def store_all(checked_parts: list[tuple[Any, ...]], store: Path) -> None:
+def store_all(checked_parts: list[CheckedPart], store: Path) -> None:
     """Store an import as take_in does."""
     with Store(store).importing() as incoming:
         for part in checked_parts:
-            incoming.add(*part)
+            incoming.add(part)
         incoming.finish({})
 
 
@@ -94,7 +91,7 @@ def in_child(work: Callable[[], None]) -> int:
     return os.waitpid(child, 0)[1]
 
 
-def killed(checked_parts: list[tuple[Any, ...]], store: Path, calls: int) -> Callable[[], None]:
+def killed(checked_parts: list[CheckedPart], store: Path, calls: int) -> Callable[[], None]:
     """One import that is killed before its n-th change."""
 
     def work() -> None:

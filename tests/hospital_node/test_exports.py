@@ -249,6 +249,21 @@ def test_the_transmitters_clock_settles_the_repeated_hour(tmp_path: Path) -> Non
     assert utc == {100: "22:58", 101: "00:30", 102: "01:30", 103: "02:10"}
 
 
+def test_a_repeated_hour_is_settled_for_each_person_of_a_file(tmp_path: Path) -> None:
+    """By the order of the person's own rows, however the people's lines are mixed; without an order it stays open."""
+    clock = ["00:45", "01:15", "01:45", "01:15", "01:45", "02:00"]
+    mixed = [f"{name},2023-10-29T{time}:00,{100 + n}\n" for n, time in enumerate(clock) for name in "pq"]
+    sorted_by_clock = [f"r,2023-10-29T{time}:00,{100 + n}\n" for n, time in enumerate(sorted(clock))]
+    write(tmp_path, {"a.csv": "patient,time,glucose_mg_dl\n" + "".join(mixed + sorted_by_clock)})
+
+    frame = read_exports(tmp_path, load_layout("canonical"), "Europe/London", KEY).frame
+
+    utc = frame["measured_at"].dt.strftime("%H:%M").tolist()
+    once = ["23:45", "00:15", "00:45", "01:15", "01:45", "02:00"]
+    assert utc[:12] == [time for time in once for _ in "pq"]
+    assert frame["measured_at"].isna().tolist()[12:] == [False, True, True, True, True, False]
+
+
 def test_a_repeated_hour_is_settled_in_a_file_with_its_newest_row_first(tmp_path: Path) -> None:
     """The rows before the jump, read from the top, are standard time."""
     clock = ["02:00", "01:45", "01:15", "01:45", "01:15", "00:45"]

@@ -15,6 +15,7 @@ from data_schemas.errors import BadInput
 from data_schemas.layout import LAYOUTS, Layout, load_layout
 from data_schemas.reading import COLUMNS, Flag, Readings
 from hospital_node import intake
+from hospital_node.fixed_stamps import read_fixed
 from hospital_node.importing import import_exports
 from hospital_node.intake import pseudonym, read_exports
 from hospital_node.store import Store
@@ -374,3 +375,16 @@ def test_auto_order_is_settled_by_a_day_above_twelve(tmp_path: Path) -> None:
     frame = read_exports(tmp_path, auto(), "UTC", KEY).frame
 
     assert frame["measured_at"].dt.month.unique().tolist() == [3]
+
+
+@pytest.mark.parametrize("form", ["%Y-%m-%dT%H:%M:%S", "%d/%m/%Y %H:%M", "%m-%d-%Y %H:%M", "%Y-%m-%d"])
+def test_stamps_of_fixed_width_are_those_of_strptime(form: str) -> None:
+    """Whatever is read is what strptime reads; stamps of every odd shape are left to it."""
+    good = pd.Series(pd.date_range("1999-12-25", periods=900, freq="37h")).dt.strftime(form)
+    damaged = [text[:at] + mark + text[at + 1 :] for text in good[:9] for at in range(len(text)) for mark in "9x0- /é"]
+    text = pd.Series([*good, *damaged, *(text[:-1] for text in good[:9]), "", None, "2023-02-29T00:00:00"], dtype="str")
+    fixed = pd.Series(read_fixed(text, form))
+    strptime = pd.to_datetime(text, format=form, errors="coerce").astype("datetime64[s]")
+
+    assert fixed[: len(good)].notna().all()
+    pd.testing.assert_series_equal(fixed[fixed.notna()], strptime[fixed.notna()])

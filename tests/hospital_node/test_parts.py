@@ -9,11 +9,11 @@ import pytest
 
 from data_schemas.errors import BadInput
 from data_schemas.layout import Layout, load_layout
-from hospital_node import intake, parts
+from hospital_node import crew, intake, lines, parts
 from hospital_node.importing import Export, look_at, take_in
 from hospital_node.intake import read_exports, read_parts
 from hospital_node.portrait import Portrait
-from hospital_node.store import Store
+from hospital_node.store import Store, quarantine_ids
 from hospital_node.suites import load_suite
 
 KEY = b"k" * 32
@@ -52,7 +52,7 @@ def rows(store: Store) -> pd.DataFrame:
 
 
 def test_parts_share_nobody_and_hold_every_row(tmp_path: Path) -> None:
-    """Files that name the same person, also through a third file, are read together; rows keep numbers of their own."""
+    """A person's lines are read together, from whatever files; every row has a number of its own."""
     write(tmp_path, ["a", "b", "ac", "d", "cb"])
 
     found = list(read_parts(tmp_path, load_layout("canonical"), None, KEY))
@@ -62,7 +62,8 @@ def test_parts_share_nobody_and_hold_every_row(tmp_path: Path) -> None:
     assert sum(map(len, people)) == len(set().union(*people)) == 4
     numbers = pd.concat([part.readings.frame["row"] for part in found])
     whole = read_exports(tmp_path, load_layout("canonical"), None, KEY)
-    assert sorted(numbers) == list(range(whole.rows_in))
+    assert numbers.is_unique
+    assert len(numbers) == whole.rows_in
     assert sum(sum(part.rows_by_file.values()) for part in found) == whole.rows_in
 
 
@@ -191,3 +192,77 @@ def test_a_day_more_is_compared_with_what_it_may_repeat_only(tmp_path: Path, mon
     (later / "x.csv").write_text(HEAD + "b,2024-01-14T00:00:00Z,101\nb,2024-01-14T00:05:00Z,99\n")
     report = take_in(export(later), store, load_suite()).account.report
     assert (report.duplicates, report.quarantined) == ({"already-stored": 1}, {"conflicts-with-stored": 1})
+
+
+def mixed(folder: Path, tail: str = "") -> Path:
+    """One file of seven people whose lines alternate, one row out of range, and a conflict."""
+    folder.mkdir()
+    text = "".join(
+        f"{name},2024-01-13T0{at // 12}:{at % 12 * 5:02d}:00Z,{100 + at + number}\n"
+        for at in range(20)
+        for number, name in enumerate("abcdefg")
+    )
+    (folder / "all.csv").write_text(HEAD + text + "c,2024-01-14T00:00:00Z,700\nd,2024-01-13T00:00:00Z,140\n" + tail)
+    return folder
+
+
+@pytest.mark.parametrize("block", [100, 1 << 20])
+def test_one_file_of_many_people_is_cut_by_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    """Each part holds some people's lines, whatever block they lie in; the sum is what one reading gives."""
+    monkeypatch.setattr(lines, "_BLOCK_BYTES", block)
+    folder = mixed(tmp_path / "in")
+    found = list(read_parts(folder, load_layout("canonical"), None, KEY))
+    several = take_in(export(folder), Store(tmp_path / "several"), load_suite())
+    monkeypatch.setattr(parts, "PART_BYTES", 1 << 20)
+    one = take_in(export(folder), Store(tmp_path / "one"), load_suite())
+
+    assert len(found) == 7
+    assert several.account.report == one.account.report
+    assert several.account.files == one.account.files
+    assert one.account.report.quarantined == {"above-sensor-range": 1, "conflicting-stamp": 2}
+    pd.testing.assert_frame_equal(rows(Store(tmp_path / "several")), rows(Store(tmp_path / "one")))
+    held = Store(tmp_path / "several").quarantined()
+    assert quarantine_ids(held).is_unique
+
+
+def test_a_file_whose_fields_span_lines_is_read_whole(tmp_path: Path) -> None:
+    """Lines do not tell the rows there."""
+    folder = mixed(tmp_path / "in")
+    content = (folder / "all.csv").read_text().replace("a,2024-01-13T00:00:00Z", '"a\n",2024-01-13T00:00:00Z')
+    (folder / "all.csv").write_text(content)
+
+    assert len(list(read_parts(folder, load_layout("canonical"), None, KEY))) == 1
+
+
+def test_a_cut_off_last_line_is_refused_whoever_it_belongs_to(tmp_path: Path) -> None:
+    """As in a file that is read whole."""
+    folder = mixed(tmp_path / "in", tail="a,2024-01-15T00:0")
+
+    with pytest.raises(BadInput, match="cut off"):
+        take_in(export(folder), Store(tmp_path / "store"), load_suite())
+    assert list((tmp_path / "store" / "segments").iterdir()) == []
+
+
+def test_two_processes_find_what_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same account and the same store, in the same order; their refusal is raised here and changes nothing."""
+    folder = mixed(tmp_path / "in")
+    one = take_in(export(folder), Store(tmp_path / "one"), load_suite())
+    monkeypatch.setattr(crew, "CREW_BYTES", 0)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    two = take_in(export(folder), Store(tmp_path / "two"), load_suite())
+
+    assert one.account.report == two.account.report
+    assert Store(tmp_path / "one").state() == Store(tmp_path / "two").state()
+    (folder / "z.csv").write_text(HEAD + "z,2024-01-01T00:00:00Z,5.5\n" * 10)
+    with pytest.raises(BadInput, match="look like mmol/L") as refusal:
+        take_in(export(folder), Store(tmp_path / "three"), load_suite())
+    assert refusal.value.hint
+    assert list((tmp_path / "three" / "segments").iterdir()) == []
+
+
+def test_a_process_that_dies_ends_the_import_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when the system takes its memory."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+
+    with pytest.raises(BadInput, match="ended early"), crew.crew(crew.CREW_BYTES + 1) as run:
+        list(run(os._exit, [1, 1]))

@@ -307,3 +307,17 @@ def test_what_cannot_become_a_reading_is_not_released(tmp_path: Path) -> None:
         with pytest.raises(BadInput):
             store.settle([row], release=True)
     assert bytes_of(tmp_path) == before
+
+
+def test_a_reading_right_beside_a_stored_one_must_not_contradict_it(tmp_path: Path) -> None:
+    """Within two and a half minutes of a reading of an earlier import: near it or quarantined, as within one import."""
+    store = Store(tmp_path)
+    add(store, frame(("p", 0, 100.0), ("p", 10, 100.0), ("q", 0, 100.0)))
+    report = add(
+        store, frame(("p", 1, 131.0), ("p", 5, 200.0), ("p", 9, 69.0), ("p", 12, 130.0), ("q", 3, 200.0), source="b")
+    )
+
+    assert report.quarantined == {"conflicts-with-stored": 2}
+    assert report.accepted == 3
+    assert store.readings("p")["glucose_mg_dl"].tolist() == [100.0, 200.0, 100.0, 130.0]
+    assert store.readings("q")["glucose_mg_dl"].tolist() == [100.0, 200.0]
