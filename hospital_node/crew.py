@@ -24,7 +24,9 @@ Result = TypeVar("Result")
 CREW_BYTES = 64 << 20
 # Two, however many cores there are: each takes some 500 MB.
 SIZE = 2
-_LOADED_ONCE = ["great_expectations", "pyarrow.csv", "hospital_node.importing"]
+# Great Expectations is not: it makes a semaphore, which only a process that ends by itself takes back.
+_LOADED_ONCE = ["pyarrow.csv", "hospital_node.importing"]
+_PATIENCE_S = 30
 
 
 class Run(Protocol):
@@ -51,10 +53,11 @@ def crew(size_bytes: int) -> Iterator[Run]:
     try:
         yield lambda work, items: _shared(links, work, items)
     finally:
-        for link, process in links:
+        for link, _ in links:
             link.close()
+        for _, process in links:
+            process.join(_PATIENCE_S)
             process.kill()
-            process.join()
 
 
 def _start(context: Any) -> tuple[Connection, Any]:
