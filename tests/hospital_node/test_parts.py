@@ -243,6 +243,7 @@ def test_a_cut_off_last_line_is_refused_whoever_it_belongs_to(tmp_path: Path) ->
     assert list((tmp_path / "store" / "segments").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same account and the same store, in the same order; their refusal is raised here and changes nothing."""
     folder = mixed(tmp_path / "in")
@@ -260,9 +261,16 @@ def test_two_processes_find_what_one_does(tmp_path: Path, monkeypatch: pytest.Mo
     assert list((tmp_path / "three" / "segments").iterdir()) == []
 
 
-def test_a_process_that_dies_ends_the_import_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As when the system takes its memory."""
+def test_two_processes_answer_in_order_and_raise_refusals_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that dies, as when the system takes its memory, ends the import with a reason."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
 
+    with crew.crew(crew.CREW_BYTES + 1) as run:
+        assert list(run(abs, range(-5, 0))) == [5, 4, 3, 2, 1]
+        answers = run(load_layout, ["duke", "ohio", "nowhere", "fhir"])
+        assert [next(answers).name, next(answers).name] == ["duke", "ohio"]
+        with pytest.raises(BadInput, match="unknown layout") as refusal:
+            next(answers)
+        assert refusal.value.hint
     with pytest.raises(BadInput, match="ended early"), crew.crew(crew.CREW_BYTES + 1) as run:
         list(run(os._exit, [1, 1]))
