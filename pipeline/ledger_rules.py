@@ -66,14 +66,14 @@ def fault(entry: Entry, so_far: Replay, payload: bytes = b"", at: str = "") -> s
     match entry:
         case PlanEntry():
             return _plan_fault(entry, so_far)
+        case ModelEntry():
+            return _model_fault(entry, so_far)
         case RoundEntry():
             return _round_fault(entry, so_far) or _signature_fault(entry.admitted, so_far, payload)
         case CreditEntry():
             return _credit_fault(entry, so_far) or _signature_fault(entry.releases, so_far, payload)
         case ContestEntry():
             return _contest_fault(entry, so_far)
-        case ModelEntry():
-            return _model_fault(entry, so_far)
         case _:
             return ""
 
