@@ -94,7 +94,8 @@ class Store:
         with self._reading() as db:
             if db.execute("PRAGMA user_version").fetchone() != (_FORM,):
                 raise BadInput(
-                    f"{folder} was written by another version of Islet", "import the exports into a new store"
+                    f"{folder} was written by another version of Islet",
+                    f"move it elsewhere (mv {folder} {folder}.old), then run `islet node import`: it makes a new store",
                 )
 
     @contextmanager

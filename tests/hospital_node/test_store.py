@@ -321,3 +321,15 @@ def test_a_reading_right_beside_a_stored_one_must_not_contradict_it(tmp_path: Pa
     assert report.accepted == 3
     assert store.readings("p")["glucose_mg_dl"].tolist() == [100.0, 200.0, 100.0, 130.0]
     assert store.readings("q")["glucose_mg_dl"].tolist() == [100.0, 200.0]
+
+
+def test_a_store_of_another_form_says_how_to_go_on(tmp_path: Path) -> None:
+    """It is not read wrongly, and the hint names the folder and the command."""
+    Store(tmp_path / "store")
+    with sqlite3.connect(tmp_path / "store" / "catalogue.db") as db:
+        db.execute("PRAGMA user_version = 1")
+
+    with pytest.raises(BadInput, match="another version") as refusal:
+        Store(tmp_path / "store")
+    assert f"mv {tmp_path / 'store'} " in refusal.value.hint
+    assert "islet node import" in refusal.value.hint
