@@ -26,7 +26,7 @@ DOORS = {
     "pytorch_lightning": {"pipeline/private_training.py", "pipeline/fitting.py"},
     "mlflow": {"aggregator/registry.py"},
     "great_expectations": {"hospital_node/judgement.py"},
-    "cryptography": {"pipeline/certificates.py", "pipeline/signing.py"},
+    "cryptography": {"pipeline/certificates.py", "pipeline/masking.py", "pipeline/signing.py"},
     "fastapi": {
         "aggregator/federation_page.py",
         "aggregator/desk.py",
