@@ -33,6 +33,7 @@ from data_schemas.ledger import MemberEntry, RejectedUpdate
 from data_schemas.messages import SignedUpdate, UpdateManifest
 from data_schemas.plan import TrainingPlan
 from data_schemas.units import HORIZON_MINUTES
+from pipeline.commitments import is_committed
 from pipeline.signing import verify
 
 # Part of its noise's expected norm that an update must have at least.
@@ -65,6 +66,9 @@ class RejectionCode(StrEnum):
     NORM_TOO_LARGE = "norm-too-large"
     NOT_PRIVATE = "not-private"
     COPIED = "copied"
+    WRONG_COMMITMENT = "wrong-commitment"
+    WRONG_KEYS = "wrong-keys"
+    WRONG_SHARES = "wrong-shares"
     # Failures before there was an update to look at.
     MALFORMED_REPLY = "malformed-reply"
     TOO_LARGE = "too-large"
@@ -133,11 +137,33 @@ def admit(
 ) -> AdmittedUpdate | RejectedUpdate:
     """Check a reply of the node `asked`; delta should be float32[D]. The first check that fails names the code."""
     code = _identity_code(reply, expected, members, asked) or _array_code(reply.manifest, delta, expected)
+    if code is None and reply.manifest.commitment is not None:
+        code = RejectionCode.WRONG_COMMITMENT
     if code is not None:
         return RejectedUpdate(node=asked, update_hash=_hash_or_none(reply.manifest.update_hash), code=code)
     own = np.array(delta, dtype=np.float32)
     own.flags.writeable = False
     return AdmittedUpdate(signed=reply, delta=own)
+
+
+def admit_masked(
+    reply: SignedUpdate,
+    masked: NDArray[np.generic],
+    expected: Expectation,
+    members: Mapping[str, MemberEntry],
+    asked: str,
+) -> SignedUpdate | RejectedUpdate:
+    """Check a masked update, which should be uint64[D]: what is said of it, and nothing of what is under the mask."""
+    code = _identity_code(reply, expected, members, asked)
+    if code is None and not is_committed(reply):
+        code = RejectionCode.WRONG_COMMITMENT
+    if code is None and masked.dtype != np.dtype("<u8"):
+        code = RejectionCode.WRONG_DTYPE
+    if code is None and masked.shape != (expected.dimension,):
+        code = RejectionCode.WRONG_SHAPE
+    if code is None:
+        return reply
+    return RejectedUpdate(node=asked, update_hash=_hash_or_none(reply.manifest.update_hash), code=code)
 
 
 def _identity_code(

@@ -59,9 +59,9 @@ def mean_update(
     return mean_of(np.stack([update.delta for update in ordered]), shares(ordered), rule)
 
 
-def server_step(state: ServerState, updates: Sequence[AdmittedUpdate], spec: ServerSpec) -> ServerState:
-    """One round: the step of pipeline.robust, and the ring of the last models."""
-    weights, velocity = stepped(state.weights, state.velocity, mean_update(updates, spec.rule), spec)
+def server_step(state: ServerState, mean: NDArray[np.float64], spec: ServerSpec) -> ServerState:
+    """One round: the step of pipeline.robust by the mean update float64[D], and the ring of the last models."""
+    weights, velocity = stepped(state.weights, state.velocity, mean, spec)
     recent = (*state.recent, weights)[-spec.average_last_rounds :]
     return ServerState(weights=weights, velocity=velocity, recent=recent)
 

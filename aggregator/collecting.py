@@ -54,7 +54,7 @@ def collect(
         if attempt:
             time.sleep(settings.retry_pause_s)
         courier.wait_for(members, needed)
-        task = _task(expected, clock() + settings.round_timeout_s)
+        task = train_task(expected, clock() + settings.round_timeout_s)
         replies = courier.ask(
             TRAIN,
             {name: task for name in members if name not in admitted},
@@ -67,7 +67,7 @@ def collect(
         if len(admitted) >= needed:
             others = tuple(rejected[name] for name in sorted(rejected.keys() - admitted.keys()))
             return Collected(in_node_order(list(admitted.values())), others if closed is None else closed.rejected)
-    raise _too_few(expected.round, len(admitted), needed, rejected.keys() - admitted.keys(), rejected)
+    raise too_few(expected.round, len(admitted), needed, rejected.keys() - admitted.keys(), rejected)
 
 
 def _sort_out(
@@ -111,7 +111,8 @@ def _judge(reply: Reply, expected: Expectation, members: Members) -> AdmittedUpd
     return RejectedUpdate(node=reply.node, update_hash=None, code=str(code))
 
 
-def _task(expected: Expectation, deadline_unix: float) -> TrainTask:
+def train_task(expected: Expectation, deadline_unix: float) -> TrainTask:
+    """Build the task of a round."""
     return TrainTask(
         federation=expected.federation,
         run=expected.run,
@@ -122,9 +123,10 @@ def _task(expected: Expectation, deadline_unix: float) -> TrainTask:
     )
 
 
-def _too_few(
+def too_few(
     number: int, got: int, needed: int, missing: set[str], rejected: Mapping[str, RejectedUpdate]
 ) -> IsletError:
+    """Say which hospitals a round lacks, and why."""
     reasons = ", ".join(f"{name}: {rejected[name].code}" for name in sorted(missing))
     return IsletError(
         f"round {number} has {got} of the {needed} updates it needs ({reasons})",

@@ -15,8 +15,9 @@ from aggregator.governance import Federation
 from data_schemas.ledger import ContestEntry
 from data_schemas.messages import ContestTask, contest_name
 from data_schemas.plan import TrainingPlan
-from pipeline.charter import Charter, Terms
+from pipeline.charter import Charter
 from pipeline.contest import contest_entry
+from pipeline.terms import Terms
 
 
 def hold(

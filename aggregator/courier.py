@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Protocol
 
-import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, TypeAdapter
 
@@ -31,12 +30,15 @@ from data_schemas.messages import (
     SignedUpdate,
     WitnessState,
 )
+from data_schemas.secure import Advertised, Checked, Confirmed, MaskedUpdate, SealedShares, Unmasked
 
 # The action of the ClientApp that answers each task.
 HELLO, TRAIN, SCORE = "query.hello", "train", "evaluate"
 RELEASE, COSIGN, MODEL, CONTEST = "query.release", "query.cosign", "query.model", "query.contest"
+MASK, SECURE = "train.masked", "query.secure"
 
-Body = Hello | Refusal | SignedUpdate | Scored | SignedRelease | WitnessState | Cosigned | Installed
+Plain = Hello | Refusal | SignedUpdate | Scored | SignedRelease | WitnessState | Cosigned | Installed
+Body = Plain | Advertised | SealedShares | MaskedUpdate | Confirmed | Unmasked | Checked
 _BODY: TypeAdapter[Body] = TypeAdapter(Annotated[Body, Field(discriminator="kind")])
 _log = logging.getLogger("islet.aggregator")
 
@@ -48,7 +50,7 @@ class Outgoing:
     node_id: int
     message_type: str
     task: Frozen
-    arrays: Mapping[str, NDArray[np.float32]]
+    arrays: Mapping[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ class Courier:
         members: Mapping[str, MemberEntry],
         *,
         timeout_s: float,
-        arrays: Mapping[str, NDArray[np.float32]] | None = None,
+        arrays: Mapping[str, NDArray[Any]] | None = None,
         group: str = "",
     ) -> list[Reply]:
         """Send each named member its task; at least one reply per name, sorted by name, a code for an absent one."""

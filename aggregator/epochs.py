@@ -28,10 +28,10 @@ from data_schemas.messages import (
     is_contest,
 )
 from data_schemas.plan import TrainingPlan
-from pipeline.charter import Terms
 from pipeline.contest import recipe_shares
-from pipeline.contribution import credit, mode_of
+from pipeline.contribution import credit, credit_by_patients, mode_of
 from pipeline.signing import verify
+from pipeline.terms import Terms
 
 Members = Mapping[str, MemberEntry]
 _log = logging.getLogger("islet.aggregator")
@@ -201,6 +201,25 @@ def collect_credit(
         unpaid_micro_credits=unpaid,
         lines=lines,
         releases=releases,
+        algorithm=algorithm,
+    )
+
+
+def credit_of_sums(task: ReleaseTask, closed: Sequence[RoundEntry], terms: Iterable[Terms]) -> CreditEntry:
+    """Return the credit of an epoch whose updates nobody saw one by one: by declared patients; no hospital is asked."""
+    rounds = rounds_of(task.epoch, task.plan)
+    pot = task.plan.credit.pot_micro_credits_per_round * len(rounds)
+    algorithm = recipe_shares(terms, task.plan.credit.pot_micro_credits_per_round)
+    lines, unpaid = credit_by_patients(closed, pot - sum(share.micro_credits for share in algorithm))
+    return CreditEntry(
+        run=task.run,
+        epoch=task.epoch,
+        rounds=rounds,
+        mode="declared-patients",
+        pot_micro_credits=pot,
+        unpaid_micro_credits=unpaid,
+        lines=lines,
+        releases=(),
         algorithm=algorithm,
     )
 

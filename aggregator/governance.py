@@ -198,6 +198,15 @@ def check_plan(charter: Charter, plan: TrainingPlan) -> None:
         )
 
 
+def check_aggregation(charter: Charter, run: str) -> None:
+    """Raise CheckFailed when members decided, after this run began, that only sums are seen."""
+    if not charter.may_go_on(run):
+        raise CheckFailed(
+            "the members decided secure aggregation after this run began",
+            "give the plan another name: it is then a new run, under what was decided",
+        )
+
+
 def governance_summary(entry: Entry) -> str:
     """Write an entry of the members' decisions as a line."""
     match entry:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from flwr.serverapp import Grid
@@ -21,22 +22,16 @@ from numpy.typing import NDArray
 
 from aggregator import contests, epochs
 from aggregator.admission import Expectation
-from aggregator.aggregation import (
-    ServerState,
-    cosine,
-    initial_state,
-    mean_update,
-    model_hash,
-    released_weights,
-    server_step,
-)
+from aggregator.aggregation import ServerState, initial_state, model_hash, released_weights, server_step
 from aggregator.assembly import Table, sit
-from aggregator.collecting import Collected, collect
+from aggregator.collecting import collect
 from aggregator.courier import Courier
-from aggregator.governance import Federation, History, check_plan
+from aggregator.gathering import Gathered, as_sum, in_plain
+from aggregator.governance import Federation, History, check_aggregation, check_plan
 from aggregator.grid_exchange import GridExchange
 from aggregator.ledger import Ledger
 from aggregator.progress import Observer, RoundSummary
+from aggregator.secure_round import check_task, collect_sum, show_sum
 from aggregator.settings import AggregatorSettings
 from aggregator.state import Checkpoint, RoundRecord, StateFolder
 from data_schemas.canonical import content_hash
@@ -122,8 +117,10 @@ def run_federation(
     table = Table(courier, ledger, settings.federation, settings.cosign_timeout_s, released)
     desk = _Desk(courier, settings, plan, run, ledger, state, observer, clock, table, History())
     _check_members(desk)
-    check_plan(desk.federation().charter, plan)
-    ledger.append_once(("plan", run), PlanEntry(run=run, plan_hash=content_hash(plan)), desk.now())
+    charter = desk.federation().charter
+    check_plan(charter, plan)
+    agreed = PlanEntry(run=run, plan_hash=content_hash(plan), aggregation=charter.aggregation)
+    ledger.append_once(("plan", run), agreed, desk.now())
     _show_ledger(desk)
     server, epsilon_by_node, done = initial_state(initial_weights), dict[str, float](), 0
     checkpoint = state.newest(run)
@@ -134,6 +131,7 @@ def run_federation(
         epsilon_by_node = dict(checkpoint.record.summary.epsilon_by_node)
     for number in range(done + 1, plan.rounds + 1):
         check_plan(ledger.charter(), plan)
+        check_aggregation(ledger.charter(), run)
         step = _train(desk, number, server, epsilon_by_node, checkpoint)
         state.save(step)
         _close(desk, step)
@@ -179,45 +177,39 @@ def _train(
         seen_hashes=federation.update_hashes(desk.run, number),
         earlier=() if before is None else (before.server.weights - before.base, *before.updates),
     )
-    closed = federation.rounds.get((desk.run, number))
-    collected = collect(
-        desk.courier,
-        desk.settings,
-        expected,
-        server.weights,
-        members=federation.members,
-        closed=closed,
-        clock=desk.clock,
-    )
-    stepped = server_step(server, collected.admitted, desk.plan.server)
-    spent = {update.node: update.signed.manifest.spend.epsilon_after for update in collected.admitted}
-    seconds = time.monotonic() - started
-    record = _record(desk, expected, collected, stepped, epsilon_by_node=epsilon_by_node | spent, seconds=seconds)
-    updates = np.stack([update.delta for update in collected.admitted])
-    return Checkpoint(record, stepped, server.weights, server.velocity, updates)
+    gathered = _gather(desk, expected, server, federation)
+    stepped = server_step(server, gathered.mean, desk.plan.server)
+    told, seconds = epsilon_by_node | gathered.epsilon, time.monotonic() - started
+    record = _record(desk, expected, gathered, stepped, epsilon_by_node=told, seconds=seconds)
+    return Checkpoint(record, stepped, server.weights, server.velocity, gathered.updates, gathered.total)
+
+
+def _gather(desk: _Desk, expected: Expectation, server: ServerState, federation: Federation) -> Gathered:
+    members, clock, work = federation.members, desk.clock, (desk.courier, desk.settings, expected, server.weights)
+    if federation.charter.secure.get(desk.run, False):
+        return as_sum(collect_sum(*work, members=members, state=desk.state, clock=clock))
+    closed = federation.rounds.get((desk.run, expected.round))
+    return in_plain(collect(*work, members=members, closed=closed, clock=clock), desk.plan.server.rule)
 
 
 def _record(
     desk: _Desk,
     expected: Expectation,
-    collected: Collected,
+    gathered: Gathered,
     stepped: ServerState,
     *,
     epsilon_by_node: dict[str, float],
     seconds: float,
 ) -> RoundRecord:
-    head = SignedCheckpoint.from_text(desk.ledger.checkpoint()).checkpoint
-    mean, new_hash = mean_update(collected.admitted, desk.plan.server.rule), model_hash(stepped.weights)
+    head, new_hash = SignedCheckpoint.from_text(desk.ledger.checkpoint()).checkpoint, model_hash(stepped.weights)
     summary = RoundSummary(
         run=expected.run,
         round=expected.round,
         rounds=desk.plan.rounds,
-        admitted=tuple(update.node for update in collected.admitted),
-        rejected=collected.rejected,
-        update_norms={
-            update.node: float(np.linalg.norm(update.delta.astype(np.float64))) for update in collected.admitted
-        },
-        cosine_to_mean={update.node: cosine(update.delta, mean) for update in collected.admitted},
+        admitted=tuple(update.manifest.node for update in gathered.signed),
+        rejected=gathered.rejected,
+        update_norms=dict(gathered.norms),
+        cosine_to_mean=dict(gathered.cosines),
         model_hash=new_hash,
         epsilon_by_node=epsilon_by_node,
         seconds=seconds,
@@ -230,8 +222,9 @@ def _record(
         base_model_hash=expected.base_model_hash,
         new_model_hash=new_hash,
         velocity_hash=model_hash(stepped.velocity) if desk.plan.server.momentum else None,
-        admitted=tuple(update.signed for update in collected.admitted),
-        rejected=collected.rejected,
+        admitted=gathered.signed,
+        rejected=gathered.rejected,
+        sum=gathered.told,
         ledger_size=head.size,
         ledger_root=head.root_hex,
         summary=summary,
@@ -248,11 +241,15 @@ def _close(desk: _Desk, checkpoint: Checkpoint) -> None:
     epoch, federation = epochs.epoch_of(record.round, desk.plan), desk.federation()
     if (desk.run, epoch) in federation.credits:
         return
-    arrays = {"base": checkpoint.base, "updates": checkpoint.updates}
-    if desk.plan.server.momentum:
-        arrays["velocity"] = checkpoint.base_velocity
-    task = epochs.score_task(entry, desk.settings.federation, desk.plan, checkpoint.base_velocity)
-    epochs.score(desk.courier, task, federation.members, arrays, desk.settings.score_timeout_s)
+    moved = {"velocity": checkpoint.base_velocity} if desk.plan.server.momentum else {}
+    name, members, timeout_s = desk.settings.federation, federation.members, desk.settings.score_timeout_s
+    if entry.sum is None:
+        task = epochs.score_task(entry, name, desk.plan, checkpoint.base_velocity)
+        arrays = {"base": checkpoint.base, "updates": checkpoint.updates, **moved}
+        epochs.score(desk.courier, task, members, arrays, timeout_s)
+    else:
+        shown: dict[str, Any] = {"base": checkpoint.base, "total": checkpoint.total, **moved}
+        show_sum(desk.courier, check_task(entry, name, desk.plan), members, shown, timeout_s)
     if epochs.ends_epoch(record.round, desk.plan):
         weights = released_weights(checkpoint.server) if record.round == desk.plan.rounds else None
         _close_epoch(desk, epoch, federation, weights)
@@ -261,11 +258,13 @@ def _close(desk: _Desk, checkpoint: Checkpoint) -> None:
 def _close_epoch(desk: _Desk, epoch: int, federation: Federation, released: Vector | None) -> None:
     """Pay an epoch; released float32[D] is the run's model, at the end of its last epoch."""
     timeout_s, contest = desk.settings.score_timeout_s, tuple[str, ...]()
-    if released is not None:
+    places = [(desk.run, number) for number in epochs.rounds_of(epoch, desk.plan)]
+    closed = [federation.rounds[place] for place in places if place in federation.rounds]
+    summed = any(entry.sum is not None for entry in closed)
+    if released is not None and not summed:
         contest = contests.hold(desk.courier, federation, desk.run, desk.plan, released, timeout_s)
-    closed = [(desk.run, number) for number in epochs.rounds_of(epoch, desk.plan)]
-    admitted = [federation.rounds[place].admitted for place in closed if place in federation.rounds]
-    terms = [federation.charter.terms[place] for place in closed if place in federation.charter.terms]
+    terms = [federation.charter.terms[place] for place in places if place in federation.charter.terms]
+    admitted = [entry.admitted for entry in closed]
     credited = {signed.manifest.node for updates in admitted for signed in updates}
     task = ReleaseTask(
         federation=desk.settings.federation,
@@ -275,8 +274,11 @@ def _close_epoch(desk: _Desk, epoch: int, federation: Federation, released: Vect
         nodes=(*sorted(credited), *contest),
         deadline_unix=desk.clock() + desk.settings.score_timeout_s,
     )
-    counts = map(len, admitted)
-    entry = epochs.collect_credit(desk.courier, task, federation.members, timeout_s, admitted=counts, terms=terms)
+    if summed:
+        entry = epochs.credit_of_sums(task, closed, terms)
+    else:
+        counts = map(len, admitted)
+        entry = epochs.collect_credit(desk.courier, task, federation.members, timeout_s, admitted=counts, terms=terms)
     desk.ledger.append_once(("credit", desk.run, epoch), entry, desk.now())
     _tell(desk.observer, partial(desk.observer.epoch_closed, entry))
     _sit(desk)

@@ -4,6 +4,7 @@ Layout of the state folder:
 
     lock                    held (flock) while an aggregator works here
     <run>/round-00012.npz   weights, velocity, ring of the last models, base model, its velocity, updates of round 12
+    <run>/sum-00012.npz     round 12 under secure aggregation, before its masks are removed (aggregator.transcript)
     <run>/round-00012.json  record of round 12 and the SHA-256 of the .npz; its appearance is the commit
 
 Records are kept for ever; arrays are kept for the newest rounds only.
@@ -17,7 +18,7 @@ import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ from aggregator.progress import RoundSummary
 from data_schemas.canonical import bytes_hash, canonical_bytes, content_hash
 from data_schemas.errors import NodeBusy, StorageFailed
 from data_schemas.frozen import Frozen, later
-from data_schemas.ledger import RejectedUpdate
+from data_schemas.ledger import RejectedUpdate, SecureSum
 from data_schemas.messages import Hex32, SignedUpdate
 from pipeline.signing import write_durably
 
@@ -50,6 +51,7 @@ class RoundRecord(Frozen):
     velocity_hash: Hex32 | None = later(None)
     admitted: tuple[SignedUpdate, ...]
     rejected: tuple[RejectedUpdate, ...]
+    sum: SecureSum | None = later(None)
     ledger_size: int
     ledger_root: Hex32
     summary: RoundSummary
@@ -67,7 +69,8 @@ class _Envelope(Frozen):
 class Checkpoint:
     """A closed round: its record, the server's state after it, what it began with, and updates float32[n, D].
 
-    base, base_velocity: weights and velocity before the round, float32[D].
+    base, base_velocity: weights and velocity before the round, float32[D]. Under secure aggregation there are no
+    updates (n = 0) and their sum is total int64[D], which is empty otherwise.
     """
 
     record: RoundRecord
@@ -75,6 +78,7 @@ class Checkpoint:
     base: NDArray[np.float32]
     base_velocity: NDArray[np.float32]
     updates: NDArray[np.float32]
+    total: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
 
 @dataclass(frozen=True)
@@ -153,6 +157,7 @@ def _pack(checkpoint: Checkpoint) -> bytes:
         base=checkpoint.base,
         base_velocity=checkpoint.base_velocity,
         updates=checkpoint.updates,
+        total=checkpoint.total,
     )
     return buffer.getvalue()
 
@@ -182,5 +187,6 @@ def _load(path: Path, run: str) -> Checkpoint | None:
         # A checkpoint of before it was kept: the round's scoring, if it is repeated, is refused by nodes, no more.
         base_velocity = arrays.get("base_velocity", np.zeros_like(server.velocity))
         begun = arrays["base"], base_velocity
-        checkpoint = Checkpoint(envelope.record, server, *begun, arrays["updates"])
+        total = arrays.get("total", np.zeros(0, dtype=np.int64))
+        checkpoint = Checkpoint(envelope.record, server, *begun, arrays["updates"], total)
     return checkpoint if model_hash(server.weights) == envelope.record.new_model_hash else None

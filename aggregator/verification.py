@@ -273,7 +273,8 @@ def _summary(entry: Entry) -> str:  # noqa: PLR0911
         case RoundEntry():
             rejected = ", ".join(f"{r.node} ({r.code})" for r in entry.rejected) or "none"
             return (
-                f"run {entry.run} round {entry.round}: {len(entry.admitted)} admitted, rejected {rejected}, "
+                f"run {entry.run} round {entry.round}: {len(entry.admitted)} admitted"
+                f"{'' if entry.sum is None else ' as a sum'}, rejected {rejected}, "
                 f"model {entry.base_model_hash[:8]} -> {entry.new_model_hash[:8]}"
             )
         case CreditEntry():

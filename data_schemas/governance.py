@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from data_schemas.frozen import Frozen, later
-from data_schemas.plan import PrivacyUnit, TrainingPlan
+from data_schemas.plan import AggregationMode, PrivacyUnit, TrainingPlan
 
 Hex32 = str
 NodeName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
@@ -38,12 +38,16 @@ class StatementCode(StrEnum):
 
 
 class PrivacyPolicy(Frozen):
-    """The most that any plan may cost a patient, and the fewest declared training patients a node trains on."""
+    """The most that any plan may cost a patient, the fewest declared training patients a node trains on, who sees what.
+
+    aggregation: of runs that begin under this policy. Under "secure" the aggregator sees the sum of updates alone.
+    """
 
     max_epsilon_training: float = Field(gt=0)
     max_epsilon_heldout: float = Field(gt=0)
     unit: PrivacyUnit = "patient"
     min_patients: int = Field(ge=1)
+    aggregation: AggregationMode = later("plain")
 
     def weaker_than(self, other: PrivacyPolicy) -> bool:
         """Whether this protects less than the other in any respect."""
@@ -52,6 +56,7 @@ class PrivacyPolicy(Frozen):
             or self.max_epsilon_heldout > other.max_epsilon_heldout
             or self.min_patients < other.min_patients
             or self.unit not in {other.unit, "patient"}
+            or self.aggregation not in {other.aggregation, "secure"}
         )
 
     def allows(self, plan: TrainingPlan) -> bool:
@@ -60,6 +65,7 @@ class PrivacyPolicy(Frozen):
             plan.privacy.epsilon <= self.max_epsilon_training
             and plan.credit.epsilon <= self.max_epsilon_heldout
             and plan.privacy.unit in ("patient", self.unit)
+            and (self.aggregation == "plain" or plan.server.rule == "patient-weighted-mean")
         )
 
 

@@ -9,6 +9,7 @@ from pydantic import Field
 from data_schemas.frozen import Frozen, later
 from data_schemas.governance import AttestationEntry, DecisionEntry, FoundingEntry, ProposalEntry, VoteEntry
 from data_schemas.messages import Hex32, SignedRelease, SignedUpdate
+from data_schemas.plan import AggregationMode
 
 
 class MemberEntry(Frozen):
@@ -22,11 +23,12 @@ class MemberEntry(Frozen):
 
 
 class PlanEntry(Frozen):
-    """The plan that the run's rounds follow, by hash."""
+    """The plan that the run's rounds follow, by hash; and whether the aggregator sees updates or their sum alone."""
 
     kind: Literal["plan"] = "plan"
     run: str
     plan_hash: Hex32
+    aggregation: AggregationMode = later("plain")
 
 
 class RejectedUpdate(Frozen):
@@ -37,10 +39,23 @@ class RejectedUpdate(Frozen):
     code: str
 
 
+class SecureSum(Frozen):
+    """What a securely aggregated round's commitments open to.
+
+    total_hash: SHA-256 of the sum of the weighted updates, int64[D] little endian (pipeline.masking). blinder: sum of
+    the commitments' blinders. roster: how many hospitals began the round; more than two thirds of them are in the sum.
+    """
+
+    roster: int
+    total_hash: Hex32
+    blinder: Hex32
+
+
 class RoundEntry(Frozen):
     """One closed round: what was admitted and rejected and which model came out.
 
     velocity_hash: of the server's velocity after the round, under a plan with momentum: nodes add up from it.
+    sum: under secure aggregation, where updates are commitments.
     """
 
     kind: Literal["round"] = "round"
@@ -52,6 +67,7 @@ class RoundEntry(Frozen):
     velocity_hash: Hex32 | None = later(None)
     admitted: tuple[SignedUpdate, ...]
     rejected: tuple[RejectedUpdate, ...]
+    sum: SecureSum | None = later(None)
 
 
 class CreditLine(Frozen):
@@ -72,7 +88,8 @@ class RecipeShare(Frozen):
 
 
 # How credit came about: exact where no round of the epoch had more admitted updates than every coalition is scored for.
-CreditMode = Literal["exact-shapley-weighted-median", "sampled-shapley-weighted-median"]
+# Under secure aggregation no coalition can be scored: credit follows declared patients, and every value is 0.
+CreditMode = Literal["exact-shapley-weighted-median", "sampled-shapley-weighted-median", "declared-patients"]
 
 
 class CreditEntry(Frozen):

@@ -47,6 +47,9 @@ class RefusalCode(StrEnum):
     NODE_PAUSED = "node-paused"
     NODE_LEFT = "node-left"
     CODE_NOT_DECIDED = "code-not-decided"
+    OTHER_AGGREGATION = "other-aggregation"
+    SESSION_MISMATCH = "session-mismatch"
+    SUM_CONFIRMED = "sum-confirmed"
 
 
 class Refusal(Frozen):
@@ -98,7 +101,11 @@ class PrivacySpend(Frozen):
 
 
 class UpdateManifest(Frozen):
-    """What a node signs about its update. The update is a difference: new weights minus base weights."""
+    """What a node signs about its update. The update is a difference: new weights minus base weights.
+
+    commitment: under secure aggregation, the Pedersen commitment to the weighted update (pipeline.pedersen); the
+    update's hash is then that of the commitment, so that it tells nothing of the update.
+    """
 
     federation: str
     run: str
@@ -110,6 +117,7 @@ class UpdateManifest(Frozen):
     declared_patients: int
     spend: PrivacySpend
     budget_head: Hex32
+    commitment: Hex32 | None = later(None)
 
 
 class SignedUpdate(Frozen):

@@ -17,6 +17,8 @@ from data_schemas.units import DELTA, HORIZON_MINUTES
 PrivacyUnit = Literal["patient", "day (weaker than patient)", "window (weaker than patient)"]
 # How a round's updates become one step; defined in pipeline/robust.py.
 AggregationRule = Literal["patient-weighted-mean", "norm-bounded-mean"]
+# Whether the aggregator sees updates, or their sum alone (docs/secure-aggregation.md).
+AggregationMode = Literal["plain", "secure"]
 RELATION = "add or remove one patient's whole record at one hospital"
 
 

@@ -13,12 +13,12 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from data_schemas.errors import IsletError, NodeBusy
 from data_schemas.frozen import Frozen
@@ -34,6 +34,7 @@ from data_schemas.messages import (
     ScoreTask,
     TrainTask,
 )
+from data_schemas.secure import AdvertiseTask, CheckTask, ConfirmTask, MaskTask, SealTask, SecureTask, UnmaskTask
 from hospital_node import participation
 from hospital_node.audit_log import Access, AuditLog
 from hospital_node.ceilings import Declined
@@ -44,11 +45,12 @@ from pipeline.wire import from_record, to_record
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-Arrays = dict[str, "NDArray[np.float32]"]
+Arrays = dict[str, "NDArray[Any]"]
 Answer = tuple[Frozen, Arrays]
 Handler = Callable[[NodeFolder, bytes, Arrays], Answer]
 Task = TypeVar("Task", bound=Frozen)
 HOME = "home"
+_SECURE_TASK: TypeAdapter[SecureTask] = TypeAdapter(SecureTask)
 
 app = ClientApp()
 
@@ -103,6 +105,18 @@ def cosign(message: Message, context: Context) -> Message:
 def model(message: Message, context: Context) -> Message:
     """ModelTask with array `weights` float32[D] -> Installed or Refusal."""
     return _reply(message, context, _model, sitting=True)
+
+
+@app.train("masked")
+def train_masked(message: Message, context: Context) -> Message:
+    """MaskTask with array `weights` float32[D] -> MaskedUpdate with array `masked` uint64[D], or Refusal."""
+    return _reply(message, context, _mask)
+
+
+@app.query("secure")
+def secure(message: Message, context: Context) -> Message:
+    """Answer the other steps of a round under secure aggregation (data_schemas.secure)."""
+    return _reply(message, context, _secure)
 
 
 def _reply(message: Message, context: Context, handle: Handler, *, sitting: bool = False) -> Message:
@@ -215,9 +229,46 @@ def _model(node: NodeFolder, body: bytes, arrays: Arrays) -> Answer:
     return champion.install(node, _parsed(ModelTask, body), _array(arrays, "weights", 1)), {}
 
 
+def _mask(node: NodeFolder, body: bytes, arrays: Arrays) -> Answer:
+    from hospital_node import secure_round
+
+    weights = _array(arrays, "weights", 1)
+    masked, vector = secure_round.mask(node, _parsed(MaskTask, body), weights, time.time())
+    return masked, {"masked": vector}
+
+
+def _secure(node: NodeFolder, body: bytes, arrays: Arrays) -> Answer:
+    from hospital_node import secure_round, sum_check
+
+    try:
+        task = _SECURE_TASK.validate_json(body)
+    except ValidationError as error:
+        raise _Malformed from error
+    match task:
+        case AdvertiseTask():
+            return secure_round.advertise(node, task), {}
+        case SealTask():
+            return secure_round.seal(node, task), {}
+        case ConfirmTask():
+            return secure_round.confirm(node, task), {}
+        case UnmaskTask():
+            return secure_round.unmask(node, task), {}
+        case CheckTask():
+            velocity = _array(arrays, "velocity", 1) if "velocity" in arrays else None
+            return sum_check.check(node, task, _array(arrays, "base", 1), _total(arrays), velocity), {}
+
+
+def _total(arrays: Arrays) -> NDArray[np.int64]:
+    total = arrays.get("total")
+    if total is None or total.dtype != np.int64 or total.ndim != 1:
+        raise _Malformed
+    return total
+
+
 # What uses patients' readings: the hospital's switch stops it, and reports/tasks.jsonl tells of it.
 _ABOUT_PATIENTS: dict[Handler, tuple[str, str]] = {
     _train: ("train round", "round"),
+    _mask: ("train round", "round"),
     _score: ("score round", "round"),
     _contest: ("score against the champion", ""),
     _release: ("release credit of epoch", "epoch"),
@@ -228,7 +279,8 @@ def _tell(home: Path, message: Message, handle: Handler, answer: Frozen) -> None
     """One line in reports/tasks.jsonl: what the federation asked about patients, and how this node answered."""
     what, number = _ABOUT_PATIENTS[handle]
     try:
-        task = json.loads(_content(message)[0])
+        told = json.loads(_content(message)[0])
+        task = told.get("train", told)
         asked = f"{what} {int(task[number])} of {task['run']}" if number else f"{what}: {task['run']}"
     except (_Malformed, ValueError, KeyError, TypeError):
         asked = what

@@ -7,6 +7,7 @@ keys/book.ed25519    the first identity, once there is another: the budget book 
 keys/pseudonym.key   keys the pseudonyms and the training/held-out split  0600
 store/               readings
 budget.db, budget.head   the privacy budget book (hospital_node.budget)
+masks/               secrets of rounds under secure aggregation (hospital_node.masks)  0600
 scores.db            per-patient Shapley sums; never leaves
 witness.json         the ledger checkpoint last cosigned
 ledger.jsonl, ledger.state  the node's copy of the ledger and what it says (hospital_node.ledger_copy)

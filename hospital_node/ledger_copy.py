@@ -31,7 +31,7 @@ from pipeline.merkle import leaf_hash
 from pipeline.signing import verify, write_durably
 
 COPY, STATE = "ledger.jsonl", "ledger.state"
-_FORMAT = "islet-ledger-state-2"
+_FORMAT = "islet-ledger-state-3"
 # Of the next entry, not of those so far; and what has a place of its own in the file.
 _NOT_KEPT = {"charter", "signatures", "vouched"}
 

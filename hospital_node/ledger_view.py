@@ -88,7 +88,7 @@ def extend(
     except Tampered:
         return RefusalCode.LEDGER_BREAKS_RULES
     if (rounds := _rounds(new_lines)) and (wrong := _own_fault(node, rounds)) is not None:
-        _raise_alarm(node, *wrong)
+        raise_alarm(node, *wrong)
         return RefusalCode.ALARM
     if entries:
         ledger_copy.append(node, state, held_bytes, new_lines)
@@ -118,12 +118,15 @@ def _own_fault(node: NodeFolder, rounds: list[RoundEntry]) -> tuple[RoundEntry, 
         return own_rounds.fault(whole, rounds)
 
 
-def check_training(node: NodeFolder, task: TrainTask) -> None:
+def check_training(node: NodeFolder, task: TrainTask, *, secure: bool) -> None:
     """Raise Declined unless the federation decided this round: founded, not paused, member, plan, policy, model.
 
-    A node that was made without the aggregator's key follows no ledger and decides by its own ceilings alone.
+    A node that was made without the aggregator's key follows no ledger and decides by its own ceilings alone; it knows
+    no member's key, so it takes no part in secure aggregation.
     """
     charter = check_decided(node, task)
+    decided_secure = charter is not None and charter.secure.get(task.run, False)
+    require(secure == decided_secure, RefusalCode.OTHER_AGGREGATION)
     require(charter is None or _is_logged_base(charter, task), RefusalCode.MODEL_NOT_DECIDED)
 
 
@@ -139,6 +142,7 @@ def check_decided(node: NodeFolder, task: TrainTask | ReleaseTask | ContestTask)
     require(own is not None and own.public_key == node.key.public.hex, RefusalCode.NOT_A_MEMBER)
     plan_hash = content_hash(task.plan)
     require(charter.plans.get(task.run) == plan_hash, RefusalCode.PLAN_NOT_DECIDED)
+    require(charter.may_go_on(task.run), RefusalCode.OTHER_AGGREGATION)
     challenger = charter.challengers.get(plan_hash)
     require(challenger is None or challenger.code_hash == code_hash(), RefusalCode.CODE_NOT_DECIDED)
     _check_policy(node, charter, task.plan)
@@ -192,12 +196,12 @@ def holds_with_log(
     if logged != shown:
         return False
     if (closed.new_model_hash, closed.velocity_hash) != (new_model_hash, velocity_hash):
-        _raise_alarm(node, closed, f"its model is not the sum of its updates, which is {new_model_hash}")
+        raise_alarm(node, closed, f"its model is not the sum of its updates, which is {new_model_hash}")
         return False
     return True
 
 
-def _raise_alarm(node: NodeFolder, entry: RoundEntry, what: str) -> None:
+def raise_alarm(node: NodeFolder, entry: RoundEntry, what: str) -> None:
     """Write down what was wrong with which entry, which is the evidence."""
     told = {"run": entry.run, "round": entry.round, "what": what, "entry": entry.model_dump(mode="json")}
     write_durably(node.path / ALARM, canonical_bytes(told) + b"\n", mode=0o600)

@@ -25,11 +25,13 @@ from data_schemas.messages import (
     UpdateManifest,
 )
 from hospital_node import ledger_view, replies
-from hospital_node.budget import BudgetBook, BudgetExhausted, Cohort, Reservation
+from hospital_node.budget import BudgetBook, BudgetExhausted, Cohort, Reservation, book_key
 from hospital_node.ceilings import Declined, check_training, require
 from hospital_node.cohorts import training_windows
 from hospital_node.folder import NodeFolder
 from hospital_node.randomness import noise_kind, noise_source
+from pipeline import edwards, masking, pedersen
+from pipeline.commitments import commitment_hash
 from pipeline.signing import write_durably
 
 if TYPE_CHECKING:
@@ -47,7 +49,7 @@ def train(node: NodeFolder, task: TrainTask, weights: Vector, now_unix: float) -
     the store, the keys and the budget book raise; the caller turns that into a code.
     """
     try:
-        return _train(node, task, weights, now_unix)
+        return trained(node, task, weights, now_unix)
     except Declined as declined:
         return Refusal(code=declined.code)
     except BudgetExhausted:
@@ -67,22 +69,38 @@ def utc_text(unix: float) -> str:
     return datetime.fromtimestamp(unix, UTC).isoformat(timespec="seconds")
 
 
-def _train(node: NodeFolder, task: TrainTask, weights: Vector, now_unix: float) -> tuple[SignedUpdate, Vector]:
+def check(node: NodeFolder, book: BudgetBook, task: TrainTask, *, secure: bool) -> tuple[SignedUpdate, Vector] | None:
+    """Return the stored answer of a task, or None when this node may train it; Declined for all others.
+
+    secure: the answer is for secure aggregation. One that was made for it is never handed out in plain.
+    """
+    require(task.federation == node.settings.federation, RefusalCode.UNKNOWN_FEDERATION)
+    if (stored := book.stored_reply(task.task_id)) is not None:
+        answer = replies.unpack(SignedUpdate, stored)
+        require(secure == (answer[0].manifest.commitment is not None), RefusalCode.OTHER_AGGREGATION)
+        return answer
+    ledger_view.check_training(node, task, secure=secure)
+    check_training(node.settings, book, task.plan, task.run, task.round)
+    return None
+
+
+def trained(
+    node: NodeFolder, task: TrainTask, weights: Vector, now_unix: float, *, secure: bool = False
+) -> tuple[SignedUpdate, Vector]:
+    """Do what `train` does, for plain or secure aggregation. Raises Declined and BudgetExhausted."""
     started = time.monotonic()
     require(task.federation == node.settings.federation, RefusalCode.UNKNOWN_FEDERATION)
     require(_is_base(task, weights), RefusalCode.MODEL_MISMATCH)
     book = node.budget()
-    if (stored := book.stored_reply(task.task_id)) is not None:
-        return replies.unpack(SignedUpdate, stored)
-    ledger_view.check_training(node, task)
-    check_training(node.settings, book, task.plan, task.run, task.round)
+    if (answer := check(node, book, task, secure=secure)) is not None:
+        return answer
     windows = training_windows(node, task.plan.model.history_minutes)
     _check_deadline(node, now_unix + time.monotonic() - started, task.deadline_unix)
     reservation = reserve(node, book, task, "training", now_unix)
     begun = time.monotonic()
     update = _update(node, task, weights, windows)
     _remember_duration(node, time.monotonic() - begun)
-    signed = _sign(node, task, update, reservation)
+    signed = _sign(node, task, update, reservation, _commitment(node, task, update) if secure else None)
     return replies.unpack(SignedUpdate, book.commit(task.task_id, replies.pack(signed, update)))
 
 
@@ -147,7 +165,19 @@ def _remember_duration(node: NodeFolder, seconds: float) -> None:
     write_durably(node.last_round_json, canonical_bytes({"seconds": round(seconds, 3)}) + b"\n", mode=0o600)
 
 
-def _sign(node: NodeFolder, task: TrainTask, update: Vector, reservation: Reservation) -> SignedUpdate:
+def blinder(node: NodeFolder, task: TrainTask) -> int:
+    """Blinder of the commitment to a task's update: it follows from the budget book's secret and is kept nowhere."""
+    return masking.scalar(book_key(node.book_identity), f"blinder {task.task_id}")
+
+
+def _commitment(node: NodeFolder, task: TrainTask, update: Vector) -> str:
+    whole = masking.quantised(update, node.settings.declared_training_patients)
+    return edwards.encode(pedersen.commit(whole, blinder(node, task)))
+
+
+def _sign(
+    node: NodeFolder, task: TrainTask, update: Vector, reservation: Reservation, commitment: str | None
+) -> SignedUpdate:
     manifest = UpdateManifest(
         federation=task.federation,
         run=task.run,
@@ -155,10 +185,11 @@ def _sign(node: NodeFolder, task: TrainTask, update: Vector, reservation: Reserv
         node=node.settings.name,
         plan_hash=content_hash(task.plan),
         base_model_hash=task.base_model_hash,
-        update_hash=bytes_hash(update.tobytes()),
+        update_hash=bytes_hash(update.tobytes()) if commitment is None else commitment_hash(commitment),
         declared_patients=node.settings.declared_training_patients,
         spend=spend_of(reservation),
         budget_head=reservation.head,
+        commitment=commitment,
     )
     return SignedUpdate(manifest=manifest, signature=node.key.sign(manifest))
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from data_schemas.frozen import Frozen
 from data_schemas.messages import PrivacySpend, Refusal, SignedRelease, SignedUpdate
+from data_schemas.secure import MaskedUpdate
 from pipeline.log_lines import append, log_line
 from pipeline.prometheus import Metric
 
@@ -33,6 +34,7 @@ def note(home: Path, level: str, message: str, **more: object) -> None:
 def record(home: Path, action: str, body: Frozen, seconds: float) -> None:
     """Note an answered task in the log and in the counts. A record that cannot be written stops nothing."""
     outcome = body.code.value if isinstance(body, Refusal) else str(getattr(body, "kind", "reply"))
+    body = body.signed if isinstance(body, MaskedUpdate) else body
     number = {"round": body.manifest.round, "run": body.manifest.run} if isinstance(body, SignedUpdate) else {}
     level = "warning" if isinstance(body, Refusal) else "info"
     note(home, level, f"{action}: {outcome}", action=action, outcome=outcome, seconds=round(seconds, 3), **number)

@@ -14,7 +14,6 @@ from datetime import datetime
 from itertools import islice
 
 from data_schemas.canonical import canonical_bytes, content_hash
-from data_schemas.frozen import Frozen
 from data_schemas.governance import (
     Admit,
     Attestation,
@@ -37,31 +36,13 @@ from data_schemas.governance import (
     VoteEntry,
 )
 from data_schemas.ledger import ContestEntry, Entry, LedgerEntry, MemberEntry, ModelEntry, PlanEntry, RoundEntry
-from data_schemas.plan import TrainingPlan
+from data_schemas.plan import AggregationMode, TrainingPlan
 from pipeline.signing import verify
+from pipeline.terms import Challenger, Terms
 
 Code = StatementCode
 _ROUNDING = 1e-9
 _RUNS = 8  # that a node may be asked about; the rounds of older ones are forgotten
-
-
-class Challenger(Frozen):
-    """A recipe that the members let compete: the member who entered it, and the code that runs it."""
-
-    node: str
-    code_hash: str
-
-
-class Terms(Frozen):
-    """What held when a round closed: the champion, who had entered the round's plan, and who is owed for a recipe.
-
-    author: the member who entered the champion's recipe, if that won its contest; permille: its part of the pot.
-    """
-
-    champion: str | None
-    entrant: str | None
-    author: str | None
-    permille: int
 
 
 @dataclass
@@ -71,7 +52,7 @@ class Charter:
     keys: every key a hospital ever had. removed: by vote, as they were last. champions: newest last. attested: each
     hospital's newest attestation. spent: the largest training epsilon that its admitted updates told. challengers and
     authors: by hash of the plan; authors are members whose challenger won. contests: by run, whether its challenger
-    won. terms: of each round that is remembered.
+    won. terms: of each round that is remembered. secure: runs of which the sum alone is seen.
     """
 
     federation: str | None = None
@@ -84,6 +65,7 @@ class Charter:
     votes: dict[str, dict[str, bool]] = field(default_factory=dict)
     decided: dict[str, bool] = field(default_factory=dict)
     plans: dict[str, str] = field(default_factory=dict)
+    secure: dict[str, bool] = field(default_factory=dict)
     rounds: dict[tuple[str, int], RoundEntry] = field(default_factory=dict)
     models: dict[str, ModelEntry] = field(default_factory=dict)
     champions: list[str] = field(default_factory=list)
@@ -153,6 +135,15 @@ class Charter:
             permille=0 if credit is None else credit.algorithm_permille,
         )
 
+    @property
+    def aggregation(self) -> AggregationMode:
+        """How runs that begin now are aggregated."""
+        return "plain" if self.privacy is None else self.privacy.aggregation
+
+    def may_go_on(self, run: str) -> bool:
+        """Whether a run hides as much as the policy wants by now."""
+        return self.secure.get(run, False) or self.aggregation == "plain"
+
     def copy(self) -> Charter:
         """Return a copy for a trial: taking entries in there changes nothing here."""
         fresh = {item.name: copy(getattr(self, item.name)) for item in fields(self)}
@@ -182,10 +173,7 @@ def take(charter: Charter, entry: Entry, at: str) -> str:  # noqa: PLR0911
     """Say what is wrong with an entry, code first; empty when nothing is, and then the charter has taken it in."""
     match entry:  # the frequent kinds first: each that does not fit takes half a microsecond
         case PlanEntry():
-            charter.plans.setdefault(entry.run, entry.plan_hash)
-            remembered = set(islice(reversed(charter.plans), _RUNS))
-            charter.rounds = {place: closed for place, closed in charter.rounds.items() if place[0] in remembered}
-            charter.terms = {place: held for place, held in charter.terms.items() if place[0] in remembered}
+            return _plan(charter, entry)
         case RoundEntry():
             charter.rounds[entry.run, entry.round] = entry
             charter.terms[entry.run, entry.round] = charter.terms_now(entry.plan_hash)
@@ -220,6 +208,17 @@ def _member(charter: Charter, entry: MemberEntry) -> str:
     if known is not None and known.public_key != entry.public_key:
         return f"{Code.NOT_DECIDED}: {entry.node} is a member with another key"
     _enter(charter, entry)
+    return ""
+
+
+def _plan(charter: Charter, entry: PlanEntry) -> str:
+    if entry.run not in charter.plans and entry.aggregation != charter.aggregation:
+        return f"{Code.NOT_DECIDED}: its aggregation is not what the members decided"
+    charter.plans.setdefault(entry.run, entry.plan_hash)
+    charter.secure.setdefault(entry.run, entry.aggregation == "secure")
+    remembered = set(islice(reversed(charter.plans), _RUNS))
+    charter.rounds = {place: closed for place, closed in charter.rounds.items() if place[0] in remembered}
+    charter.terms = {place: held for place, held in charter.terms.items() if place[0] in remembered}
     return ""
 
 

@@ -21,7 +21,7 @@ def render(charter: Charter, now: str) -> str:
         f"  members   {', '.join(charter.members)} (set {charter.member_set[:12]})",
         *([f"  removed   {', '.join(charter.removed)}, by vote"] if charter.removed else []),
         f"  privacy   epsilon at most {privacy.max_epsilon_training:g} training, {privacy.max_epsilon_heldout:g}"
-        f" held-out, per {privacy.unit}; at least {privacy.min_patients} patients",
+        f" held-out, per {privacy.unit}; at least {privacy.min_patients} patients; {privacy.aggregation} aggregation",
         f"  credit    at most {charter.credit.max_pot_micro_credits_per_round} micro-credits a round"
         + _recipe_text(charter, charter.credit.algorithm_permille),
         f"  champion  {charter.champions[-1][:12] if charter.champions else 'none voted'}",

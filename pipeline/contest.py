@@ -12,8 +12,8 @@ from collections.abc import Iterable, Sequence
 
 from data_schemas.ledger import ContestEntry, ContestScore, RecipeShare
 from data_schemas.messages import EpochRelease, contest_name
-from pipeline.charter import Terms
 from pipeline.contribution import MIN_SCORERS, NANO, score_of, settled
+from pipeline.terms import Terms
 
 
 def scores_of(releases: Iterable[EpochRelease], name: str, entrant: str) -> tuple[ContestScore, ...]:

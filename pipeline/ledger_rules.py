@@ -11,8 +11,9 @@ from data_schemas.errors import BadInput
 from data_schemas.ledger import ContestEntry, CreditEntry, Entry, MemberEntry, ModelEntry, PlanEntry, RoundEntry
 from data_schemas.messages import SignedRelease, SignedUpdate, contest_name, is_contest
 from pipeline.charter import Charter
+from pipeline.commitments import sum_fault
 from pipeline.contest import contest_entry, recipe_shares
-from pipeline.contribution import credit, mode_of
+from pipeline.contribution import credit, credit_by_patients, mode_of
 from pipeline.inclusion import said_by, signed_parts
 from pipeline.signing import verify
 
@@ -69,7 +70,8 @@ def fault(entry: Entry, so_far: Replay, payload: bytes = b"", at: str = "") -> s
         case ModelEntry():
             return _model_fault(entry, so_far)
         case RoundEntry():
-            return _round_fault(entry, so_far) or _signature_fault(entry.admitted, so_far, payload)
+            wrong = sum_fault(entry, secure=so_far.charter.secure.get(entry.run, False))
+            return wrong or _round_fault(entry, so_far) or _signature_fault(entry.admitted, so_far, payload)
         case CreditEntry():
             return _credit_fault(entry, so_far) or _signature_fault(entry.releases, so_far, payload)
         case ContestEntry():
@@ -178,7 +180,8 @@ def _epoch_fault(entry: CreditEntry, rounds: set[tuple[str, int]], so_far: Repla
         return "it credits a round twice"
     if strangers := sorted({line.node for line in entry.lines} - so_far.members.keys()):
         return f"it credits {strangers[0]}, not a member"
-    mode = mode_of(so_far.rounds[place] for place in rounds)
+    secure = so_far.charter.secure.get(entry.run, False)
+    mode = "declared-patients" if secure else mode_of(so_far.rounds[place] for place in rounds)
     return "" if entry.mode == mode else f"its rounds are scored as {mode}"
 
 
@@ -193,7 +196,10 @@ def _sum_fault(entry: CreditEntry, so_far: Replay) -> str:
         declared = {name: member.declared_training_patients for name, member in so_far.members.items()}
         releases, nodes = [s.release for s in entry.releases], [line.node for line in entry.lines]
         for_data = entry.pot_micro_credits - sum(share.micro_credits for share in entry.algorithm)
-        lines, unpaid = credit(releases, nodes, for_data, declared)
+        if entry.mode == "declared-patients":
+            lines, unpaid = credit_by_patients([so_far.charter.rounds[entry.run, n] for n in entry.rounds], for_data)
+        else:
+            lines, unpaid = credit(releases, nodes, for_data, declared)
     except BadInput as error:
         return error.message
     return "" if (lines, unpaid) == (entry.lines, entry.unpaid_micro_credits) else "credits do not follow from releases"

@@ -54,15 +54,15 @@ def test_the_result_is_the_same_to_the_last_bit_in_every_order() -> None:
     ]
     spec = ServerSpec(learning_rate=0.7, momentum=0.9, average_last_rounds=2)
     start = initial_state(small.START)
-    assert len({model_hash(server_step(start, order, spec).weights) for order in permutations(wild)}) == 1
+    assert len({model_hash(server_step(start, mean_update(order), spec).weights) for order in permutations(wild)}) == 1
 
 
 def test_momentum_follows_its_recurrence() -> None:
     """For a constant mean m: velocities m and (1 + momentum) m, each times the learning rate moves the weights."""
     m = np.full(3, 0.5, dtype=np.float32)
     spec = ServerSpec(learning_rate=2.0, momentum=0.5, average_last_rounds=3)
-    first = server_step(initial_state(np.zeros(3, dtype=np.float32)), [update("alder", m)], spec)
-    second = server_step(first, [update("alder", m)], spec)
+    first = server_step(initial_state(np.zeros(3, dtype=np.float32)), m.astype(np.float64), spec)
+    second = server_step(first, m.astype(np.float64), spec)
     assert first.weights == pytest.approx(np.full(3, 1.0))
     assert second.velocity == pytest.approx(np.full(3, 0.75))
     assert second.weights == pytest.approx(np.full(3, 2.5))
@@ -75,7 +75,7 @@ def test_the_released_model_is_the_mean_of_the_last_rounds_only() -> None:
     assert np.array_equal(released_weights(state), np.zeros(2))
     for _ in range(3):
         state = server_step(
-            state, [update("alder", one)], ServerSpec(learning_rate=1, momentum=0, average_last_rounds=2)
+            state, one.astype(np.float64), ServerSpec(learning_rate=1, momentum=0, average_last_rounds=2)
         )
     assert np.array_equal(released_weights(state), np.full(2, 2.5, dtype=np.float32))
     assert len(state.recent) == 2
@@ -85,7 +85,7 @@ def test_a_step_leaves_the_state_before_it_unchanged() -> None:
     """The global vector of the round before keeps its bytes: training never writes into it."""
     start = initial_state(small.START)
     before = model_hash(start.weights)
-    server_step(start, UPDATES, small.PLAN.server)
+    server_step(start, mean_update(UPDATES), small.PLAN.server)
     assert model_hash(start.weights) == before
     assert isinstance(start, ServerState)
 

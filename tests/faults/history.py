@@ -10,7 +10,7 @@ import numpy as np
 
 from aggregator import ledger, server_app, settings
 from aggregator.admission import AdmittedUpdate
-from aggregator.aggregation import initial_state, model_hash, released_weights, server_step
+from aggregator.aggregation import initial_state, mean_update, model_hash, released_weights, server_step
 from aggregator.verification import verify_ledger
 from data_schemas.canonical import bytes_hash
 from data_schemas.ledger import CreditEntry, ModelEntry, RoundEntry
@@ -75,7 +75,8 @@ def _each_update_in_one_aggregate(
         assert entry.base_model_hash == model_hash(state.weights), f"round {entry.round} starts elsewhere"
         pairs = [made[signed.manifest.node][signed.manifest.update_hash] for signed in entry.admitted]
         assert [signed for signed, _ in pairs] == list(entry.admitted), "the ledger has another manifest than the book"
-        state = server_step(state, [AdmittedUpdate(signed, delta) for signed, delta in pairs], plan.server)
+        updates = [AdmittedUpdate(signed, delta) for signed, delta in pairs]
+        state = server_step(state, mean_update(updates, plan.server.rule), plan.server)
         assert entry.new_model_hash == model_hash(state.weights), f"round {entry.round} is not the sum of its updates"
     assert [entry.model_hash for entry in models] == [model_hash(released_weights(state))]
 

@@ -31,11 +31,11 @@ from data_schemas.ledger import (
 )
 from data_schemas.messages import EpochRelease, SignedRelease, contest_name
 from data_schemas.plan import RELATION, TrainingPlan
-from pipeline.charter import Terms
 from pipeline.contest import contest_entry, recipe_shares
 from pipeline.contribution import credit
 from pipeline.ledger_rules import Replay, fault
 from pipeline.signing import PrivateKey
+from pipeline.terms import Terms
 from tests.hospital_node.small_node import plan
 
 NAMES = ("alder", "birch", "cedar", "dogwood")
