@@ -1,4 +1,4 @@
-"""Stamps of fixed width, read digit by digit for a whole column: what strptime does, many times as fast."""
+"""Stamps of fixed width, read digit by digit for a whole column: what strptime does, but faster."""
 
 from __future__ import annotations
 
