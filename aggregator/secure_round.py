@@ -25,6 +25,7 @@ from aggregator.state import StateFolder
 from aggregator.transcript import MaskedSum, Transcript
 from data_schemas.canonical import bytes_hash, canonical_bytes
 from data_schemas.errors import CheckFailed, IsletError
+from data_schemas.frozen import Frozen
 from data_schemas.ledger import RejectedUpdate, RoundEntry, SecureSum
 from data_schemas.messages import SignedUpdate, TrainTask
 from data_schemas.secure import (
@@ -74,10 +75,10 @@ class _Round:
     expected: Expectation
     members: Members
 
-    def ask(self, tasks: Mapping[str, Advertised | object]) -> list[Reply]:
+    def ask(self, tasks: Mapping[str, Frozen]) -> list[Reply]:
         """Ask a step that trains nobody."""
         timeout_s, group = self.settings.cosign_timeout_s, str(self.expected.round)
-        return self.courier.ask(SECURE, tasks, self.members, timeout_s=timeout_s, group=group)  # type: ignore[arg-type]
+        return self.courier.ask(SECURE, tasks, self.members, timeout_s=timeout_s, group=group)
 
 
 def collect_sum(

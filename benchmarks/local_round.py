@@ -58,7 +58,12 @@ def make_node(folder: Path) -> None:
         seed=1,
     )
     NodeFolder.create(folder, settings)
-    draw, minutes = np.random.default_rng(1), 5 * np.arange(DAYS * 288)
+    fill_store(folder / "store", PATIENTS, DAYS)
+
+
+def fill_store(folder: Path, people: int, days: int) -> None:
+    """Make a store of synthetic readings, one every five minutes."""
+    draw, minutes = np.random.default_rng(1), 5 * np.arange(days * 288)
     starts = pd.Timestamp("2026-01-01", tz="UTC") + pd.to_timedelta(minutes, unit="min")
     frames = [
         pd.DataFrame(
@@ -71,13 +76,13 @@ def make_node(folder: Path) -> None:
                 "source": "0" * 64,
             }
         )
-        for number in range(PATIENTS)
+        for number in range(people)
     ]
     frame = pd.concat(frames, ignore_index=True)
     frame = frame.assign(row=np.arange(len(frame))).reindex(columns=list(COLUMNS)).astype(COLUMNS)
-    report = QualityReport(len(frame), len(frame), {}, {}, {}, PATIENTS)
+    report = QualityReport(len(frame), len(frame), {}, {}, {}, people)
     nothing = frame.iloc[:0].assign(rule=pd.Series(dtype="str"))
-    Store(folder / "store").add(ValidReadings(frame), nothing, report, ["0" * 64])
+    Store(folder).add(ValidReadings(frame), nothing, report, ["0" * 64])
 
 
 def one_round(folder: Path, plan: TrainingPlan, number: int) -> float:

@@ -17,22 +17,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 from flwr.app import Context, Message
 
 from aggregator import governance, server_app
 from aggregator.embedded_grid import EmbeddedGrid
 from aggregator.progress import RoundSummary
 from aggregator.settings import AggregatorFolder, AggregatorSettings, create
+from benchmarks.local_round import fill_store
 from benchmarks.measuring import ROOT, table
 from data_schemas.governance import FoundingEntry
 from data_schemas.ledger import CreditEntry, MemberEntry
 from data_schemas.plan import AggregationMode
-from data_schemas.reading import COLUMNS, QualityReport, ValidReadings
 from hospital_node import client_app
 from hospital_node.folder import NodeFolder
 from hospital_node.settings import NodeSettings
-from hospital_node.store import Store
 from pipeline import edwards, masking, pedersen
 from pipeline.plans import load_plan
 from pipeline.wire import from_record
@@ -110,26 +108,7 @@ def make_node(home: Path, aggregator_key: str) -> MemberEntry:
         max_epsilon_heldout=100.0,
     )
     NodeFolder.create(home, settings)
-    draw, minutes = np.random.default_rng(1), 5 * np.arange(DAYS * 288)
-    starts = pd.Timestamp("2026-01-01", tz="UTC") + pd.to_timedelta(minutes, unit="min")
-    frames = [
-        pd.DataFrame(
-            {
-                "patient": f"person-{number:03d}",
-                "measured_at": starts,
-                "zone": "UTC",
-                "glucose_mg_dl": 140 + 40 * np.sin(minutes / draw.uniform(20, 60)) + draw.normal(0, 3, len(minutes)),
-                "flags": 0,
-                "source": "0" * 64,
-            }
-        )
-        for number in range(PEOPLE)
-    ]
-    frame = pd.concat(frames, ignore_index=True)
-    frame = frame.assign(row=np.arange(len(frame))).reindex(columns=list(COLUMNS)).astype(COLUMNS)
-    report = QualityReport(len(frame), len(frame), {}, {}, {}, PEOPLE)
-    nothing = frame.iloc[:0].assign(rule=pd.Series(dtype="str"))
-    Store(home / "store").add(ValidReadings(frame), nothing, report, ["0" * 64])
+    fill_store(home / "store", PEOPLE, DAYS)
     with NodeFolder.open(home) as node:
         return MemberEntry(
             node=home.name,
