@@ -33,6 +33,9 @@ def review_command(
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port of 127.0.0.1 for MLflow.")] = 5000,
 ) -> None:
     """Open the runs in MLflow, with the columns that a reviewer looks at first; runs until Ctrl-C."""
+    # Also where a shell started this with Ctrl-C ignored, and for SIGTERM: MLflow must not stay behind.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     try:
         review(root, port, _tell)
     except KeyboardInterrupt:

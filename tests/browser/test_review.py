@@ -36,9 +36,12 @@ def store(tmp_path: Path) -> Path:
 
 @contextmanager
 def reviewing(store: Path, port: int) -> Iterator[str]:
-    """Run `islet review` in a process of its own and yield the address it prints; Ctrl-C ends it."""
-    command = [sys.executable, "-c", "from pipeline.cli import main; main()", "review", str(store), "--port", str(port)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as review:
+    """Run `islet review` in a process of its own and yield the address it prints; Ctrl-C ends it.
+
+    It starts with the signal ignored, as a shell starts what runs in the background.
+    """
+    islet = [sys.executable, "-c", "from pipeline.cli import main; main()", "review", str(store), "--port", str(port)]
+    with subprocess.Popen(["env", "--ignore-signal=INT", *islet], stdout=subprocess.PIPE, text=True) as review:
         try:
             assert review.stdout is not None
             assert "Ctrl-C" in review.stdout.readline()
