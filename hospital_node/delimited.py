@@ -122,7 +122,8 @@ def _missing(names: tuple[str, ...], wanted: Wanted) -> tuple[str, ...]:
 
 def _no_column(file: ExportFile, missing: tuple[str, ...], names: tuple[str, ...]) -> BadInput:
     """Name of what was found only what a layout knows: a first line can hold a person's name instead of columns."""
-    known = [repr(name) for name in names if name in _vocabulary()]
+    vocabulary = _vocabulary()
+    known = [repr(name) for name in dict.fromkeys(names) if name in vocabulary]
     return BadInput(
         f"{file.label} has no column {' or '.join(repr(name) for name in missing)}; its first line has {len(names)} "
         f"fields, of which Islet knows {', '.join(known) or 'none'}",

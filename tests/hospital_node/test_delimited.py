@@ -8,6 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_schemas.errors import BadInput
+from data_schemas.layout import Layout, known_layouts, load_layout
+from hospital_node import delimited
 from hospital_node.delimited import _any_table, _plain_table
 from hospital_node.export_files import ExportFile
 
@@ -66,3 +69,20 @@ def test_plain_lines_are_read_without_a_line_end_and_in_any_column_order() -> No
     assert table is not None
     want = pd.DataFrame({"a": [np.nan, "x"], "b": ["3", "6"]}, dtype="str")
     assert table.set_axis(["a", "b"], axis=1).equals(want)
+
+
+def test_the_layouts_are_asked_once_which_names_they_know_however_wide_a_first_line_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[str] = []
+
+    def asking(name: str) -> Layout:
+        asked.append(name)
+        return load_layout(name)
+
+    monkeypatch.setattr(delimited, "load_layout", asking)
+    wide = file_of(",".join(["time"] * 500 + [f"x{number}" for number in range(5000)]))
+    wanted = delimited.Wanted(("stamp",), False, ("glucose",), ())
+    with pytest.raises(BadInput, match=r"5500 fields, of which Islet knows 'time'$"):
+        delimited.read_delimited(wide, load_layout("canonical"), wanted)
+    assert sorted(asked) == sorted(known_layouts())
