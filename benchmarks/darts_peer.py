@@ -72,6 +72,7 @@ def main() -> None:
     os.dup2(2, 1)
     import logging
 
+    import pytorch_lightning  # noqa: F401 - it sets its loggers' level when it is imported
     import torch
 
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
