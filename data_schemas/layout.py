@@ -194,6 +194,11 @@ class Layout(Frozen):
     channels: tuple[Channel, ...] = ()
     interpolation: Interpolation | None = None
 
+    @property
+    def globs(self) -> tuple[str, ...]:
+        """Every glob of files that the layout reads."""
+        return (self.glucose_files, *(channel.files for channel in self.channels if channel.files is not None))
+
 
 def known_layouts() -> tuple[str, ...]:
     """Return names of the layouts that come with Islet, sorted."""

@@ -13,7 +13,8 @@ import hashlib
 import io
 import zipfile
 import zlib
-from collections.abc import Container, Iterator
+from collections import Counter
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -67,6 +68,14 @@ def find_files(folder: Path, pattern: str) -> tuple[Path, ...]:
             "check the folder and the layout: the pattern comes from the layout's glucose_files",
         )
     return paths
+
+
+def passed_over(folder: Path, patterns: Iterable[str]) -> dict[str, int]:
+    """Return how many files under the folder none of the globs reads, by their ending; hidden ones do not count."""
+    read = {path for pattern in patterns for path in folder.glob(outer(pattern))}
+    found = sorted(path for path in folder.rglob("*") if path.is_file() and path not in read)
+    seen = (path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts))
+    return dict(Counter(path.suffix.lower() for path in seen))
 
 
 def read_files(folder: Path, pattern: str, only: Container[Path] | None = None) -> tuple[ExportFile, ...]:

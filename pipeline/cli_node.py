@@ -101,10 +101,23 @@ def _import(home: NodeFolder, source: Source, suite: Suite, store: Store, only: 
     from hospital_node.importing import take_in
     from hospital_node.intake_report import summary
 
-    taken = take_in(_export(home, source, only), store, suite)
+    export = _export(home, source, only)
+    taken = take_in(export, store, suite)
     say(summary(taken))
+    if only is None:
+        _say_passed_over(export)
     if taken.number is not None:
         _keep_report(home, f"import-{taken.number:04d}", taken, suite, f"Import {taken.number}", source)
+
+
+def _say_passed_over(export: Export) -> None:
+    """A file that the layout does not read, a spreadsheet say, must not look imported."""
+    from hospital_node.export_files import passed_over
+
+    globs = export.layout.globs
+    if counts := passed_over(export.folder, globs):
+        endings = ", ".join(f"{count} {ending or 'without an ending'}" for ending, count in counts.items())
+        say(f"not read: {endings}; layout {export.layout.name} reads {', '.join(dict.fromkeys(globs))}")
 
 
 def _export(home: NodeFolder, source: Source, only: Container[Path] | None = None) -> Export:
@@ -184,8 +197,10 @@ def node_validate(path: NodePath) -> None:
     with NodeFolder.open(path) as home:
         suite, past = suite_of(path), Store(home.store).past()
         for number, source in enumerate(_sources(home.settings), start=1):
-            looked = look_at(_export(home, source), past, suite)
+            export = _export(home, source)
+            looked = look_at(export, past, suite)
             say(f"{source.path} ({source.layout})\n{summary(looked)}")
+            _say_passed_over(export)
             _keep_report(home, f"validation-{number}", looked, suite, "Validation, nothing stored", source)
             clean = clean and not looked.account.report.quarantined
     raise typer.Exit(0 if clean else 1)

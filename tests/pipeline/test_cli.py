@@ -67,12 +67,15 @@ def test_every_command_is_listed_with_what_it_does(islet: Run) -> None:
 def test_a_hospital_goes_from_exports_to_an_empty_budget(islet: Run, exports: Path) -> None:
     """Init, import, import again, status and budget tell one consistent story."""
     make_node(islet, exports)
+    (exports / "Anna Berg.XLSX").write_bytes(b"PK")
+    (exports / ".sync").write_bytes(b"")
 
     first, again = islet("node", "import", "duke"), islet("node", "import", "duke")
     status, budget = islet("node", "status", "duke"), islet("node", "budget", "duke")
 
     rows = first.stdout.split("rows in ")[1].split(" ")[0]
     assert f"rows in {rows} = {rows} accepted + 0 quarantined + 0 duplicates" in first.stdout
+    assert "not read: 1 .xlsx; layout duke reads *.csv" in first.stdout
     assert f"rows in {rows} = 0 accepted + 0 quarantined + {rows} duplicates" in again.stdout
     assert f"{rows} readings of 6 patients" in status.stdout
     assert "nothing spent of epsilon 8 (unit patient, delta 1e-05)" in budget.stdout
