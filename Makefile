@@ -103,7 +103,8 @@ PRIVACY_TESTS := tests/privacy --ignore=tests/privacy/test_audit.py \
 	tests/pipeline/test_private_training.py tests/pipeline/test_gate_tap.py tests/pipeline/test_horizon_curves.py \
 	tests/pipeline/test_auditing.py \
 	tests/pipeline/test_membership.py tests/pipeline/test_accounting.py tests/hospital_node/test_budget.py \
-	tests/hospital_node/test_local_round.py tests/hospital_node/test_scoring.py tests/hospital_node/test_release.py
+	tests/hospital_node/test_local_round.py tests/hospital_node/test_scoring.py tests/hospital_node/test_release.py \
+	tests/federation/test_secure_aggregation.py
 
 coverage: .venv/installed
 	$(BIN)/python -m coverage run -m pytest -q $(PRIVACY_TESTS)
