@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from data_schemas.canonical import bytes_hash, content_hash
 from data_schemas.errors import IsletError
+from data_schemas.governance import Challenge
+from pipeline.bundle import code_hash
 from pipeline.cli import app
+from pipeline.plans import load_plan
 from tests.federation import small_house
 from tests.federation.small_house import House
+
+PLANS = Path(__file__).parents[2] / "data_schemas" / "plans"
 
 
 @pytest.fixture
@@ -107,3 +114,27 @@ def test_wrong_use_says_what_to_do(house: House, tmp_path: Path) -> None:
     error = fails("propose", lonely, "pause", "--values", '{"paused": true}')
     assert "follows no ledger" in error.message
     assert "--aggregator-key" in error.hint
+
+
+def test_a_challenger_is_entered_from_its_plan_and_its_wheel(house: House, tmp_path: Path) -> None:
+    """The proposal carries the calibrated plan and the hash of the code, installed or in the wheel that is given."""
+    home, here, wheel = house.homes["alder"], ("--aggregator", house.folder.path), tmp_path / "rival.whl"
+    text = (PLANS / "epsilon-2.toml").read_text().replace("1_000_000", "1_000")
+    plan, other = tmp_path / "rival.toml", tmp_path / "other.toml"
+    plan.write_text(text)
+    other.write_text(text.replace("learning_rate = 0.05", "learning_rate = 0.04"))
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("pipeline/forecaster.py", "HIDDEN = 24\n")
+
+    assert "entered 1" in islet("propose", home, "challenge", "--plan", plan, *here)
+    assert "entered 1" in islet("propose", home, "challenge", "--plan", other, "--wheel", wheel, *here)
+
+    made = [proposal.action for proposal in house.charter().open.values()]
+    installed, brought = (action for action in made if isinstance(action, Challenge))
+    assert (installed.plan, installed.code_hash) == (load_plan(plan), code_hash())
+    assert brought.plan == load_plan(other)
+    assert brought.code_hash == content_hash({"pipeline/forecaster.py": bytes_hash(b"HIDDEN = 24\n")})
+    assert "run before" in fails("propose", home, "challenge", "--plan", plan, *here).message
+    assert "is no wheel" in fails("propose", home, "challenge", "--plan", plan, "--wheel", plan).message
+    assert "needs other values" in fails("propose", home, "challenge").message
+    assert "cannot read plan" in fails("propose", home, "challenge", "--plan", tmp_path / "none.toml").message
