@@ -28,11 +28,28 @@ def test_every_container_is_hardened() -> None:
             }
 
 
+def test_every_container_of_the_aggregator_is_asked_how_it_is_where_it_listens() -> None:
+    """MLflow and the pages share the aggregator's image, whose own check would tell of the aggregator alone."""
+    services = yaml.safe_load((DEPLOY / "aggregator.compose.yaml").read_text())["services"]
+    pod = yaml.safe_load((DEPLOY / "aggregator.pod.yaml").read_text())["spec"]
+    composed = {name: service["healthcheck"]["test"][1:] for name, service in services.items()}
+
+    assert composed == {c["name"]: c["livenessProbe"]["exec"]["command"] for c in pod["containers"]}
+    asked = {name: re.findall(r"https?://127\.0\.0\.1:\d+/\w+", command[-1]) for name, command in composed.items()}
+    assert asked == {
+        "aggregator": ["https://127.0.0.1:8001/healthz"],
+        "proxy": ["http://127.0.0.1:8082/healthz"],
+        "mlflow": ["http://127.0.0.1:5000/health"],
+        "pages": ["http://127.0.0.1:8090/healthz"],
+    }
+
+
 def test_the_proxy_passes_the_fleet_api_and_the_desk_only() -> None:
-    """Three locations: Flower's Fleet API, joining, and nothing."""
+    """Three locations: Flower's Fleet API, joining, and nothing; the health check's is for this machine alone."""
     text = (DEPLOY / "nginx.conf").read_text()
 
-    assert re.findall(r"location (.*?) \{", text) == ["/v1/fleet/", "= /v1/join", "/"]
+    assert re.findall(r"location (.*?) \{", text) == ["/v1/fleet/", "= /v1/join", "/", "= /healthz"]
+    assert re.findall(r"listen (.*?);", text) == ["8443 ssl", "[::]:8443 ssl", "127.0.0.1:8082"]
     assert "location / { return 404; }" in text
 
 
