@@ -12,6 +12,7 @@ from aggregator import governance, settings, superlink
 from aggregator.invitations import invite
 from data_schemas.invitation import Invitation
 from data_schemas.ledger import MemberEntry
+from hospital_node import masks
 from hospital_node.api_keys import create_key
 from hospital_node.budget import book_key
 from hospital_node.client_app import note
@@ -53,6 +54,7 @@ class Sides:
             weights = base_weights(plan_of(4))
             assert isinstance(train(node, train_task(plan_of(4), weights), weights, NOW), tuple)
             self.book = book_key(node.key)
+            self.mask = masks.begin(node, train_task(plan_of(4), weights), "0" * 64)
         ledger.close()
         note(self.node, "info", "a line in the log")
 
@@ -70,6 +72,7 @@ class Sides:
         for name in ("north/link/transport.key", "hub/tls/ca.key", "hub/tls/server.key"):
             lines = (self.hub.parent / name).read_text().splitlines()
             held[name] = base64.b64decode("".join(lines[1:-1]))
+        held[f"north/masks/{self.mask.session.task_id[:32]}.json"] = bytes.fromhex(self.mask.seed)
         held["<invitation token>"] = bytes.fromhex(self.invitation.token)
         held["<api key>"] = self.api_key.encode()
         held["<budget book's key>"] = self.book
