@@ -102,7 +102,8 @@ def programs(path: Path, model: Path, host: str, port: int) -> tuple[Program, ..
         raise BadInput("the gate of this node cannot be run", f"make {GATE_PATH / 'flwr-clientapp'} executable")
     local, secret = _free_port(), str(link / _SECRET)
     supernode = (
-        *(str(binaries / "flower-supernode"), "--superlink", address, "--root-certificates", str(link / "ca.crt")),
+        *(sys.executable, "-m", "hospital_node.supernode", "--superlink", address),
+        *("--root-certificates", str(link / "ca.crt")),
         *("--auth-supernode-private-key", str(link / "transport.key"), "--host", "127.0.0.1", "--port", str(local)),
         *("--isolation", "process", "--superexec-auth-secret-file", secret),
     )

@@ -125,7 +125,9 @@ class _Learner:
 
     def at(self, refresh: int) -> Adaptation:
         """What the past gives reason to at this refresh; refreshes must not go back."""
-        kept = 0.5 ** ((refresh - self._refresh) * REFRESH_SECONDS / _DAY_SECONDS / HALF_LIFE_DAYS)
+        # Nothing fades before there is something, and 1970 is no beginning: a moment may lie before it.
+        passed = refresh - self._refresh if self._taken else 0
+        kept = 0.5 ** (passed * REFRESH_SECONDS / _DAY_SECONDS / HALF_LIFE_DAYS)
         self._refresh = refresh
         self._gram, self._moment = self._gram * kept, self._moment * kept
         self._misfit, self._known_hours = self._misfit * kept, self._known_hours * kept

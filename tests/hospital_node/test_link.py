@@ -1,5 +1,9 @@
 """Joining: what an invitation may change at a node, and what stops a join before anything is asked."""
 
+import contextlib
+import socket
+import subprocess
+import threading
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -9,7 +13,7 @@ import pytest
 from data_schemas.errors import BadInput, NodeBusy
 from data_schemas.invitation import Invitation, parse_invitation
 from hospital_node.folder import NodeFolder
-from hospital_node.link import join, programs, running, settings_after
+from hospital_node.link import _make_link, join, programs, running, settings_after
 from hospital_node.settings import read_settings
 from pipeline.bundle import bundle_hash
 from pipeline.certificates import make_authority
@@ -94,3 +98,26 @@ def test_a_damaged_invitation_is_named_without_its_token() -> None:
 
     assert "cdcd" not in refused.value.message + refused.value.hint
     assert "cdcd" not in repr(invitation())
+
+
+def test_a_supernode_whose_tls_handshake_breaks_ends(tmp_path: Path) -> None:
+    """So that the supervisor starts it again: Flower's own process lives on, deaf, as a cut network leaves it."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        NodeFolder.create(tmp_path / "node", settings(fleet_address=address))
+        _make_link(tmp_path / "node", invitation(fleet_address=address))
+        threading.Thread(target=_breaks_handshakes, args=(listener,), daemon=True).start()
+        supernode = programs(tmp_path / "node", tmp_path, "127.0.0.1", 0)[0]
+        ended = subprocess.run(
+            supernode.command, env=supernode.environment, capture_output=True, text=True, timeout=120, check=False
+        )
+    assert ended.returncode == 1
+    assert "SSL" in ended.stderr
+
+
+def _breaks_handshakes(listener: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while True:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(65536)  # all of it: an end, not a reset

@@ -101,10 +101,15 @@ def test_a_person_without_evidence_is_left_alone() -> None:
     """A record without any known outcome gives no correction and leaves bands as they are."""
     known = past(1)
     blind = Past(known.time_s, known.inputs, known.forecast, known.quantiles, known.truth, np.zeros_like(known.mask))
-    adaptation = learned(blind, START + 30 * DAY)
-
-    assert not adaptation.weights.any()
-    np.testing.assert_array_equal(adaptation.width, np.ones(4))
+    long_ago = -62_135_596_800  # the first moment that a request can name
+    nobody = Past(
+        *(array[:0] for array in (known.time_s, known.inputs, known.forecast, known.quantiles)),
+        known.truth[:0],
+        known.mask[:0],
+    )
+    for adaptation in (learned(blind, START + 30 * DAY), learned(nobody, long_ago)):
+        assert not adaptation.weights.any()
+        np.testing.assert_array_equal(adaptation.width, np.ones(4))
 
 
 def test_evidence_fades() -> None:
