@@ -57,7 +57,8 @@ def _book(home: Path) -> tuple[dict[str, Update], tuple[Reservation, ...]]:
                 signed, delta = replies.unpack(SignedUpdate, reply)
                 assert bytes_hash(delta.tobytes()) == signed.manifest.update_hash
                 updates[signed.manifest.update_hash] = (signed, delta)
-        assert ledger_view.alarm(node) is None, f"{home.name} raised an alarm"
+        alarm = ledger_view.alarm(node)
+        assert alarm is None, f"{home.name} raised an alarm: {alarm}"
         return updates, book.rows()
 
 
