@@ -6,7 +6,7 @@ that its book does not know was signed with a stolen key, or the book is an old 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from data_schemas.ledger import RoundEntry
 from data_schemas.messages import SignedUpdate, UpdateManifest
@@ -38,18 +38,10 @@ def _wrong(own: str, entry: RoundEntry, made: list[UpdateManifest]) -> str:
 
 
 def _made(book: BudgetBook, rounds: Sequence[RoundEntry]) -> list[UpdateManifest]:
-    """Manifests of what this hospital answered in these runs, back to the earliest of these rounds."""
-    made: list[UpdateManifest] = []
-    for run in sorted({entry.run for entry in rounds}):
-        earliest = min(entry.round for entry in rounds if entry.run == run)
-        for manifest in _newest_first(book, run):
-            if manifest.round < earliest:
-                break
-            made.append(manifest)
-    return made
+    """Manifests of what this hospital answered in these runs, in any order.
 
-
-def _newest_first(book: BudgetBook, run: str) -> Iterator[UpdateManifest]:
-    for row in reversed(book.rows()):
-        if (row.run, row.cohort) == (run, "training") and (reply := book.stored_reply(row.task_id)) is not None:
-            yield replies.unpack(SignedUpdate, reply)[0].manifest
+    The book's order is no order of rounds: an aggregator whose checkpoint is lost asks for an earlier round again.
+    """
+    runs = {entry.run for entry in rounds}
+    answers = (book.stored_reply(row.task_id) for row in book.rows() if row.run in runs and row.cohort == "training")
+    return [replies.unpack(SignedUpdate, answer)[0].manifest for answer in answers if answer is not None]
