@@ -108,10 +108,10 @@ def _present(
     asked = {name: min(table.witness_sizes.get(name, 0), size) for name in members}
     last: dict[str, list[Reply]] = {}
     while asked:
+        by_size = {old: _cosign_task(table, note, old, attest=attest) for old in set(asked.values())}
+        told = {name: dict(codes) for name, codes in (refused or {}).items()}
         tasks = {
-            name: _cosign_task(table, note, old).model_copy(
-                update={"attest": attest, "refused": dict((refused or {}).get(name, {}))}
-            )
+            name: by_size[old].model_copy(update={"refused": told[name]}) if name in told else by_size[old]
             for name, old in asked.items()
         }
         retry = not last
@@ -122,13 +122,14 @@ def _present(
     return [reply for name in sorted(last) for reply in last[name]]
 
 
-def _cosign_task(table: Table, note: str, old_size: int) -> CosignTask:
+def _cosign_task(table: Table, note: str, old_size: int, *, attest: bool) -> CosignTask:
     size = SignedCheckpoint.from_text(note).checkpoint.size
     return CosignTask(
         federation=table.federation,
         checkpoint=note,
         old_size=old_size,
         entries=table.ledger.payloads(old_size)[: size - old_size],
+        attest=attest,
     )
 
 

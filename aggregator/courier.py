@@ -122,9 +122,9 @@ class Courier:
         group: str = "",
     ) -> list[Reply]:
         """Send each named member its task; at least one reply per name, sorted by name, a code for an absent one."""
-        roster = self.connect(members)
+        roster, shared = self.connect(members), arrays or {}
         letters = [
-            (name, Outgoing(node_id, message_type, task, arrays or {}))
+            (name, Outgoing(node_id, message_type, task, shared))
             for name, task in sorted(tasks.items())
             for node_id in roster.get(name, ())
         ]
@@ -143,7 +143,8 @@ class Courier:
 
     def _greet(self, strangers: Sequence[int], members: Mapping[str, MemberEntry]) -> None:
         task = HelloTask(federation=self._federation)
-        letters = [Outgoing(node_id, HELLO, task, {}) for node_id in strangers]
+        nothing = dict[str, NDArray[Any]]()
+        letters = [Outgoing(node_id, HELLO, task, nothing) for node_id in strangers]
         for back in self._exchange.carry(letters, "hello", self._hello_timeout_s):
             body = _parse("", back).body
             member = members.get(body.node) if isinstance(body, Hello) else None

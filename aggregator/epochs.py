@@ -34,6 +34,9 @@ from pipeline.signing import verify
 from pipeline.terms import Terms
 
 Members = Mapping[str, MemberEntry]
+# Scoring sends every update to every hospital, so its cost grows with the square of the federation. A round of more
+# updates than this is not scored, and an epoch with such a round asks for no release: nobody spends, nobody is paid.
+MOST_SCORED = 64
 _log = logging.getLogger("islet.aggregator")
 # Failures that may be over a moment later: a hospital is asked once more, or credit would hang on who was busy when.
 _PASSING = {
@@ -59,6 +62,11 @@ def rounds_of(epoch: int, plan: TrainingPlan) -> tuple[int, ...]:
     """List the rounds of a credit epoch."""
     length = plan.credit.rounds_per_epoch
     return tuple(range((epoch - 1) * length + 1, min(epoch * length, plan.rounds) + 1))
+
+
+def too_many(admitted: Iterable[int]) -> bool:
+    """Whether one of these rounds admitted more updates than are scored."""
+    return max(admitted, default=0) > MOST_SCORED
 
 
 def score_task(entry: RoundEntry, federation: str, plan: TrainingPlan, base_velocity: NDArray[np.float32]) -> ScoreTask:
@@ -90,7 +98,13 @@ def score(
     arrays: Mapping[str, NDArray[np.float32]],
     timeout_s: float,
 ) -> tuple[str, ...]:
-    """Have every hospital score a round (arrays: those of ScoreTask); returns who acknowledged."""
+    """Have every hospital score a round (arrays: those of ScoreTask); returns who acknowledged.
+
+    Nobody is asked to score more than MOST_SCORED updates.
+    """
+    if too_many([len(task.nodes)]):
+        _log.warning("round %d: not scored, %d updates are more than %d", task.round, len(task.nodes), MOST_SCORED)
+        return ()
     replies = ask_twice(courier, SCORE, task, members, timeout_s=timeout_s, arrays=arrays, group=str(task.round))
     return acknowledged(replies, task.round, task.new_model_hash)
 
@@ -181,7 +195,9 @@ def collect_credit(
 
     admitted: how many updates each of the epoch's rounds admitted; terms: what held when each closed.
     """
-    replies = ask_twice(courier, RELEASE, task, members, timeout_s=timeout_s, group=f"epoch {task.epoch}")
+    counts = tuple(admitted)
+    asked = {} if too_many(counts) else members
+    replies = ask_twice(courier, RELEASE, task, asked, timeout_s=timeout_s, group=f"epoch {task.epoch}")
     usable = _usable(replies, task, members)
     report("released", task.epoch, replies, usable.keys())
     rounds = rounds_of(task.epoch, task.plan)
@@ -196,7 +212,7 @@ def collect_credit(
         run=task.run,
         epoch=task.epoch,
         rounds=rounds,
-        mode=mode_of(admitted),
+        mode=mode_of(counts),
         pot_micro_credits=pot,
         unpaid_micro_credits=unpaid,
         lines=lines,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from flwr.app import Message
+from flwr.app import Message, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
@@ -42,7 +42,7 @@ class GridExchange:
         """
         if not messages:
             return []
-        pushed = self._grid.push_messages([_message(outgoing, group, timeout_s) for outgoing in messages])
+        pushed = self._grid.push_messages(_sealed(messages, group, timeout_s))
         # A SuperLink that takes nothing answers with an empty list, one that takes some with gaps.
         ids = list(pushed) or [""] * len(messages)
         replies: dict[str, Message] = {}
@@ -55,9 +55,17 @@ class GridExchange:
         return [_incoming(outgoing.node_id, replies.get(i)) for outgoing, i in zip(messages, ids, strict=True)]
 
 
-def _message(outgoing: Outgoing, group: str, ttl: float) -> Message:
-    record = to_record(outgoing.task, dict(outgoing.arrays))
-    return Message(record, outgoing.node_id, outgoing.message_type, ttl=ttl, group_id=group)
+def _sealed(messages: Sequence[Outgoing], group: str, ttl: float) -> list[Message]:
+    """Write each task and its arrays once, however many nodes get them."""
+    written: dict[tuple[int, int], RecordDict] = {}
+    letters = []
+    for outgoing in messages:
+        what = (id(outgoing.task), id(outgoing.arrays))
+        if what not in written:
+            written[what] = to_record(outgoing.task, dict(outgoing.arrays))
+        content = RecordDict(dict(written[what]))
+        letters.append(Message(content, outgoing.node_id, outgoing.message_type, ttl=ttl, group_id=group))
+    return letters
 
 
 def _incoming(node_id: int, reply: Message | None) -> Incoming:

@@ -261,10 +261,11 @@ def _close_epoch(desk: _Desk, epoch: int, federation: Federation, released: Vect
     places = [(desk.run, number) for number in epochs.rounds_of(epoch, desk.plan)]
     closed = [federation.rounds[place] for place in places if place in federation.rounds]
     summed = any(entry.sum is not None for entry in closed)
-    if released is not None and not summed:
+    admitted = [entry.admitted for entry in closed]
+    counts = [len(updates) for updates in admitted]
+    if released is not None and not summed and not epochs.too_many(counts):
         contest = contests.hold(desk.courier, federation, desk.run, desk.plan, released, timeout_s)
     terms = [federation.charter.terms[place] for place in places if place in federation.charter.terms]
-    admitted = [entry.admitted for entry in closed]
     credited = {signed.manifest.node for updates in admitted for signed in updates}
     task = ReleaseTask(
         federation=desk.settings.federation,
@@ -277,7 +278,6 @@ def _close_epoch(desk: _Desk, epoch: int, federation: Federation, released: Vect
     if summed:
         entry = epochs.credit_of_sums(task, closed, terms)
     else:
-        counts = map(len, admitted)
         entry = epochs.collect_credit(desk.courier, task, federation.members, timeout_s, admitted=counts, terms=terms)
     desk.ledger.append_once(("credit", desk.run, epoch), entry, desk.now())
     _tell(desk.observer, partial(desk.observer.epoch_closed, entry))

@@ -23,7 +23,7 @@ _DASH = "— "
 _KEY_ID_BYTES = 4
 _SIGNATURE_BYTES = 64
 # signed-note asks verifiers to bound the number of signatures and to accept at least 16; a federation may be larger.
-MAX_SIGNATURES = 256
+MAX_SIGNATURES = 4096
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
+from aggregator import grid_exchange
+from aggregator.courier import Outgoing
 from aggregator.embedded_grid import EmbeddedGrid
 from data_schemas.errors import BadInput
 from data_schemas.messages import HelloTask
@@ -180,3 +182,23 @@ def test_a_message_to_nobody_is_refused(grid: EmbeddedGrid) -> None:
     """An id outside the federation is a mistake of the caller."""
     with pytest.raises(BadInput, match="no node"):
         grid.push_messages([letter(99)])
+
+
+def test_a_task_is_written_once_however_many_nodes_get_it(grid: EmbeddedGrid, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its body and arrays are made bytes of once for each task, not for each node; every node gets them whole."""
+    written: list[str] = []
+
+    def counted(task: HelloTask, arrays: dict[str, np.ndarray]) -> RecordDict:
+        written.append(task.federation)
+        return to_record(task, arrays)
+
+    monkeypatch.setattr(grid_exchange, "to_record", counted)
+    arrays = {"x": np.arange(3, dtype=np.float32)}
+    common, own = HelloTask(federation="common"), HelloTask(federation="own")
+    tasks = {2: common, 3: common, 4: own}
+    letters = [Outgoing(node_id, "query.echo", task, arrays) for node_id, task in tasks.items()]
+    replies = grid_exchange.GridExchange(grid).carry(letters, "group", timeout_s=20)
+
+    assert written == ["common", "own"]
+    assert {back.node_id: HelloTask.model_validate_json(back.body) for back in replies} == tasks
+    assert all(np.array_equal(back.arrays["x"], arrays["x"]) for back in replies)

@@ -12,12 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from aggregator import ledger
+from aggregator import epochs, ledger
 from aggregator.aggregation import model_hash
 from aggregator.progress import RoundSummary
 from aggregator.rounds import FederationResult
 from aggregator.settings import open_folder
 from aggregator.state import hold
+from aggregator.verification import verify_ledger
 from data_schemas.errors import BadInput, CheckFailed, IsletError, NodeBusy
 from data_schemas.ledger import CreditEntry, ModelEntry, RoundEntry
 from pipeline.checkpoint import SignedCheckpoint
@@ -365,3 +366,19 @@ def test_credit_survives_hospitals_that_score_nothing(tmp_path: Path) -> None:
     epochs = [entry for entry in small.entries(tmp_path) if isinstance(entry, CreditEntry)]
     assert len(epochs) == 2
     assert all(epoch.unpaid_micro_credits == epoch.pot_micro_credits for epoch in epochs)
+
+
+def test_a_round_of_too_many_updates_is_neither_scored_nor_paid(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scoring costs the square of the federation: above the limit nobody is asked to score or to release."""
+    monkeypatch.setattr(epochs, "MOST_SCORED", 2)
+    small.build(tmp_path)
+    result = small.run(tmp_path)
+
+    assert all(credit.releases == () for credit in result.credits)
+    assert all(credit.unpaid_micro_credits == credit.pot_micro_credits for credit in result.credits)
+    assert "score" not in (tmp_path / "alder" / "diary").read_text()
+    folder = open_folder(tmp_path / "aggregator")
+    report = verify_ledger(folder.path / "ledger.db", folder.key().public.hex, every_signature=True)
+    assert not any(report.micro_credits.values())

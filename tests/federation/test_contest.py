@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from aggregator import epochs
 from aggregator.assembly import sit
 from aggregator.courier import TRAIN
 from aggregator.embedded_grid import EmbeddedGrid
@@ -98,6 +99,25 @@ def test_a_challenger_that_wins_is_paid_while_the_champion_runs_its_recipe(house
     assert sum(line.micro_credits for line in paid.lines) + paid.unpaid_micro_credits == 750
     report = verify_ledger(house.folder.path / "ledger.db", house.folder.key().public.hex, every_signature=True)
     assert report.micro_credits == house.copy_of_credits("alder")
+
+
+def test_no_contest_is_held_where_a_round_has_too_many_updates_to_score(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody scores, releases or is paid, the contest stays out, and each node and auditor agrees with that."""
+    monkeypatch.setattr(epochs, "MOST_SCORED", 2)
+    entered = {"action": "challenge", "plan": RIVAL.model_dump(mode="json"), "code_hash": code_hash()}
+    house.decide(entered, "alder", "cedar", "elm", by="birch")
+    run(house, RIVAL)
+
+    assert entries(house, ContestEntry) == []
+    (unpaid,) = entries(house, CreditEntry)
+    assert isinstance(unpaid, CreditEntry)
+    assert unpaid.releases == ()
+    assert unpaid.unpaid_micro_credits == unpaid.pot_micro_credits
+    report = verify_ledger(house.folder.path / "ledger.db", house.folder.key().public.hex, every_signature=True)
+    assert report.micro_credits == house.copy_of_credits("alder")
+    assert not any(report.micro_credits.values())
 
 
 def test_a_node_runs_no_other_code_than_was_voted(tmp_path: Path) -> None:

@@ -114,7 +114,7 @@ def test_each_malformed_checkpoint_is_named(text: str, message: str) -> None:
         ("\n— name AAAAAA==\n", "shorter than its key id"),
         ("\n— name AAAAAAA=", "does not end with a newline"),
         ("\n— name AAAAAAA=\r\n", "control characters"),
-        ("\n" + "— name AAAAAAA=\n" * 257, "more than 256"),
+        ("\n" + "— name AAAAAAA=\n" * 4097, "more than 4096"),
     ],
 )
 def test_each_malformed_note_is_named(tail: str, message: str) -> None:
