@@ -134,7 +134,8 @@ def test_a_challenger_is_entered_from_its_plan_and_its_wheel(house: House, tmp_p
     assert (installed.plan, installed.code_hash) == (load_plan(plan), code_hash())
     assert brought.plan == load_plan(other)
     assert brought.code_hash == content_hash({"pipeline/forecaster.py": bytes_hash(b"HIDDEN = 24\n")})
-    assert "run before" in fails("propose", home, "challenge", "--plan", plan, *here).message
+    again = fails("propose", house.homes["birch"], "challenge", "--plan", plan, *here)
+    assert "run before" in again.message
     assert "is no wheel" in fails("propose", home, "challenge", "--plan", plan, "--wheel", plan).message
     assert "needs other values" in fails("propose", home, "challenge").message
     assert "cannot read plan" in fails("propose", home, "challenge", "--plan", tmp_path / "none.toml").message
