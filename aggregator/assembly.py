@@ -106,10 +106,10 @@ def _present(
     """Ask hospitals to cosign a checkpoint; the last reply of each."""
     size = SignedCheckpoint.from_text(note).checkpoint.size
     asked = {name: min(table.witness_sizes.get(name, 0), size) for name in members}
+    told = {name: dict(codes) for name, codes in (refused or {}).items()}
     last: dict[str, list[Reply]] = {}
     while asked:
         by_size = {old: _cosign_task(table, note, old, attest=attest) for old in set(asked.values())}
-        told = {name: dict(codes) for name, codes in (refused or {}).items()}
         tasks = {
             name: by_size[old].model_copy(update={"refused": told[name]}) if name in told else by_size[old]
             for name, old in asked.items()

@@ -11,13 +11,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import sys
 import tempfile
-import threading
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +23,7 @@ import pyarrow as pa
 from pyarrow import compute
 from pyarrow import csv as arrow_csv
 
-from benchmarks.measuring import fresh_process, table
+from benchmarks.measuring import Watch, fresh_process, table
 
 STEP_S, DAY_S = 300, 86_400
 START_S = 1_704_067_200  # 2024-01-01
@@ -177,65 +174,6 @@ def line(what: str, part: dict[str, float], bare: dict[str, float]) -> list[str]
         f"{part['peak']:,.0f}",
         f"{part['own']:,.0f}",
     ]
-
-
-class Watch(threading.Thread):
-    """Watches this process and those it started, five times a second.
-
-    peak: MB, what they share counted once.  own: without mapped files, which the system may take back.  others_cpu:
-    seconds that the others used.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self.peak = self.own = 0.0
-        self._cpu: dict[str, float] = {}
-        self._ended = threading.Event()
-        self.start()
-
-    @property
-    def others_cpu(self) -> float:
-        """Seconds of processor time that the other processes used."""
-        return sum(self._cpu.values())
-
-    def run(self) -> None:
-        """Look until stopped."""
-        while not self._ended.wait(0.2):
-            self._look()
-
-    def stop(self) -> None:
-        """Look no more."""
-        self._ended.set()
-        self.join()
-
-    def _look(self) -> None:
-        peak = own = 0.0
-        for process in family(str(os.getpid())):
-            with suppress(OSError):
-                rows = Path(f"/proc/{process}/smaps_rollup").read_text(encoding="ascii").splitlines()[1:]
-                size = {row.split()[0]: float(row.split()[1]) / 1024 for row in rows}
-                peak, own = peak + size["Pss:"], own + size["Pss_Anon:"]
-                if process != str(os.getpid()):
-                    ticks = _stat(process)[11:13]
-                    self._cpu[process] = sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
-        self.peak, self.own = max(self.peak, peak), max(self.own, own)
-
-
-def family(process: str) -> list[str]:
-    """The process, and those that it and they started."""
-    above = {}
-    for path in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            above[path.name] = _stat(path.name)[1]
-    found = [process]
-    for one in found:
-        found += [child for child, parent in above.items() if parent == one]
-    return found
-
-
-def _stat(process: str) -> list[str]:
-    """Fields of proc(5) stat from the state on: what is before may hold spaces."""
-    return Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
 
 
 if __name__ == "__main__":

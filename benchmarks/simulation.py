@@ -16,10 +16,7 @@ import os
 import re
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +25,7 @@ import numpy as np
 
 from aggregator.progress import RoundSummary
 from aggregator.settings import AggregatorFolder
-from benchmarks.measuring import ROOT, fresh_process
+from benchmarks.measuring import ROOT, Watch, family, fresh_process, stat_fields
 from data_schemas.ledger import CreditEntry
 from data_schemas.reading import QualityReport, ValidReadings
 
@@ -51,7 +48,7 @@ class Clock:
     def round_closed(self, summary: RoundSummary) -> None:
         """Note the time, and how many updates came in."""
         self.closed.append(time.monotonic())
-        self.processor.append(sum(map(_processor_s, _family())))
+        self.processor.append(sum(map(_processor_s, family(str(os.getpid())))))
         self.admitted.append(len(summary.admitted))
         sys.stderr.write(f"round {summary.round}: {len(summary.admitted)} admitted\n")
 
@@ -165,53 +162,12 @@ def run_embedded(folder: AggregatorFolder, homes: dict[str, Path], clock: Clock,
     run_folder(EmbeddedGrid(app, homes, workers=workers), folder, clock)
 
 
-@contextmanager
-def peak_of_all() -> Iterator[list[float]]:
-    """Most memory that this process and all it started held together, in MB (PSS: shared pages count once)."""
-    peak, stop = [0.0], threading.Event()
-
-    def watch() -> None:
-        while not stop.wait(1.0):
-            peak[0] = max(peak[0], sum(map(_pss_mb, _family())))
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield peak
-    finally:
-        stop.set()
-        thread.join()
-
-
-def _family() -> list[int]:
-    """Process ids of this process and of all its descendants."""
-    parents: dict[int, int] = {}
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-        except (OSError, ValueError):
-            continue
-    family = {os.getpid()}
-    while more := {pid for pid, parent in parents.items() if parent in family} - family:
-        family |= more
-    return sorted(family)
-
-
-def _processor_s(pid: int) -> float:
+def _processor_s(pid: str) -> float:
     """Processor time of a process and of the children that it has outlived."""
     try:
-        told = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return sum(map(int, stat_fields(pid)[11:15])) / os.sysconf("SC_CLK_TCK")
     except OSError:
         return 0.0
-    return sum(map(int, told[11:15])) / os.sysconf("SC_CLK_TCK")
-
-
-def _pss_mb(pid: int) -> float:
-    try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    except OSError:
-        return 0.0
-    return next((float(line.split()[1]) / 1024 for line in lines if line.startswith("Pss:")), 0.0)
 
 
 def measure(sample: Path, nodes: int, rounds: int, grid: str, workers: int) -> dict[str, float]:
@@ -224,8 +180,9 @@ def measure(sample: Path, nodes: int, rounds: int, grid: str, workers: int) -> d
         started = time.monotonic()
         hub, homes = build(Path(folder), sample, nodes, rounds)
         built = time.monotonic()
-        with peak_of_all() as peak:
-            run(hub, homes, clock, workers)
+        watch = Watch(pause_s=1.0)
+        run(hub, homes, clock, workers)
+        watch.stop()
         ended = time.monotonic()
     if clock.admitted != [nodes] * rounds:
         raise RuntimeError(f"not every update was admitted: {clock.admitted}")
@@ -236,7 +193,7 @@ def measure(sample: Path, nodes: int, rounds: int, grid: str, workers: int) -> d
         "round": float(np.median(np.diff(clock.closed))),
         "processor": float(np.median(np.diff(clock.processor))),
         "run": ended - built,
-        "peak_mb": peak[0],
+        "peak_mb": watch.peak,
     }
 
 
