@@ -106,10 +106,13 @@ def problem(status: int, name: str, title: str, detail: str, **more: Any) -> Pro
 
 
 def unusable_scenario(pointer: str, expected: str) -> Problem:
-    """Make the problem of a scenario that cannot be simulated. pointer: within the scenario."""
+    """Make the problem of a scenario that fits no simulation now: not the newest reading's hour, or not this model.
+
+    pointer: within the scenario.
+    """
     found = (FieldProblem(pointer=f"/body/scenario{pointer}", expected=expected),)
     detail = "See `errors`; without `scenario` the same request is a plain forecast."
-    return problem(422, "scenario-unusable", "This scenario cannot be simulated", detail, errors=found)
+    return problem(409, "scenario-unusable", "This scenario cannot be simulated", detail, errors=found)
 
 
 def no_forecast(reason: NoForecast) -> Problem:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import zlib
+from datetime import timedelta
 from typing import Any
 
 import schemathesis
 
-from hospital_node.forecast_routes import ForecastRequest
-from tests.hospital_node.contract import PATIENT, good_readings
+from hospital_node.forecast_routes import ForecastRequest, WhatIfRequest
+from tests.hospital_node.contract import NEWEST, PATIENT, good_readings
+
+SOON = (NEWEST + timedelta(minutes=10)).isoformat()
 
 
 def _chosen(value: object) -> bool:
@@ -34,9 +37,26 @@ def map_query(context: Any, query: Any) -> Any:
 
 @schemathesis.hook
 def map_body(context: Any, body: Any) -> Any:
-    """Send readings that a forecast can be made of in place of others that are as valid."""
+    """Send readings and a plan that a forecast can be made of in place of others that are as valid."""
+    if _fits(ForecastRequest, body) and _chosen(body):
+        return body | {"units": "mg/dL", "readings": good_readings()} | _near_plan(body)
+    if _fits(WhatIfRequest, body) and _chosen(body):
+        return body | _near_plan(body)
+    return body
+
+
+def _fits(request: type[ForecastRequest | WhatIfRequest], body: object) -> bool:
     try:
-        ForecastRequest.model_validate_json(json.dumps(body))
+        request.model_validate_json(json.dumps(body))
     except (TypeError, ValueError):
-        return body
-    return {**body, "units": "mg/dL", "readings": good_readings()} if _chosen(body) else body
+        return False
+    return True
+
+
+def _near_plan(body: dict[str, Any]) -> dict[str, Any]:
+    """The body's plan, if any, moved into the hour after the newest reading, for a person whose numbers are known."""
+    if body.get("scenario") is None:
+        return {}
+    planned = [event | {"at": SOON} for event in body["scenario"]["planned"]]
+    known = {"insulin_sensitivity": 40, "carbohydrate_ratio": 10}
+    return {"scenario": body["scenario"] | known | {"planned": planned}}

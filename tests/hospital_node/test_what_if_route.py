@@ -102,7 +102,7 @@ def test_a_target_or_a_missing_number_is_refused(served: Served) -> None:
     del sent["scenario"]["insulin_sensitivity"]
     answer = served.client.post("/v1/forecast", json=sent, headers=served.key("one"))
     told = answer.json()
-    assert (answer.status_code, told["type"]) == (422, "urn:islet:problem:scenario-unusable")
+    assert (answer.status_code, told["type"]) == (409, "urn:islet:problem:scenario-unusable")
     assert told["errors"][0]["pointer"] == "/body/scenario/insulin_sensitivity"
 
 
@@ -127,4 +127,4 @@ def test_a_plan_for_somebody_else_or_for_another_hour_is_refused(served: Served)
     assert other.status_code == 403
     sent["scenario"]["planned"][0]["at"] = (LAST + timedelta(hours=2)).isoformat()
     late = served.client.post(f"/v1/patients/{PERSON}/forecast", json=sent, headers=served.key("one"))
-    assert (late.status_code, late.json()["errors"][0]["pointer"]) == (422, "/body/scenario/planned/0/at")
+    assert (late.status_code, late.json()["errors"][0]["pointer"]) == (409, "/body/scenario/planned/0/at")
