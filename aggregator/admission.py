@@ -230,9 +230,10 @@ def originality_code(
         return RejectionCode.NOT_PRIVATE
     # Chance gives random vectors of few coordinates a large cosine too: eight standard deviations of it are no proof.
     limit = min(0.999, max(_COPY, 8 / math.sqrt(touched)))
-    for known in earlier:
-        known_norm = float(np.linalg.norm(known.astype(np.float64)))
-        if known_norm > 0 and float(vector @ known.astype(np.float64)) >= limit * norm * known_norm:
+    direction = (vector / norm).astype(np.float32)
+    for known in earlier:  # as many as hospitals, for each hospital: in the precision it comes in
+        known_norm = float(np.linalg.norm(known))
+        if known_norm > 0 and float(direction @ known) >= limit * known_norm:
             return RejectionCode.COPIED
     return None
 

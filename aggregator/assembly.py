@@ -82,6 +82,7 @@ def _show(
     size, members = SignedCheckpoint.from_text(note).checkpoint.size, table.ledger.members()
     replies = _present(table, note, members, refused=refused, attest=attest)
     heard = {r.node: r.body for r in replies if isinstance(r.body, Cosigned) and _accepted(r, table.ledger)}
+    table.ledger.publish()  # once: each member's line beside all others' would be the square of their number
     table.witness_sizes.update(dict.fromkeys(heard, size))
     report("cosigned", size, replies, heard.keys())
     return heard

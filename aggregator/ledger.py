@@ -159,10 +159,10 @@ class Ledger:
                 "INSERT INTO checkpoints VALUES (?, ?) ON CONFLICT DO NOTHING",
                 (self.size, notes.sign(present, self._key).encode()),
             )
-        return self._publish()
+        return self.publish()
 
-    def add_cosignature(self, line: str) -> str:
-        """Store a member's cosignature of the newest checkpoint and publish it; return the note with it.
+    def add_cosignature(self, line: str) -> None:
+        """Store a member's cosignature of the newest checkpoint, which publish() then shows.
 
         CheckFailed when the line is not that member's cosignature of that checkpoint.
         """
@@ -176,7 +176,14 @@ class Ledger:
             self._connection.execute(
                 "INSERT INTO cosignatures VALUES (?, ?, ?) ON CONFLICT DO NOTHING", (size, name.encode(), line.encode())
             )
-        return self._publish()
+
+    def publish(self) -> str:
+        """Write checkpoint.txt, the newest checkpoint with its cosignatures by the witnesses' names; return it."""
+        size, note = self._newest_checkpoint()
+        rows = self._query("SELECT line FROM cosignatures WHERE size = ? ORDER BY name", size)
+        note = notes.add_cosignatures(note, [bytes(line).decode() for (line,) in rows])
+        write_durably(self.path.with_name(CHECKPOINT_FILE), note.encode())
+        return note
 
     def _append(self, key: bytes | None, entry: Entry, recorded_at: str, *, by_rules: bool = False) -> Receipt:
         _check_time(recorded_at)
@@ -223,14 +230,6 @@ class Ledger:
         if not rows:
             raise BadInput("the ledger has no checkpoint yet", "Make one with checkpoint().")
         return int(rows[0][0]), bytes(rows[0][1]).decode()
-
-    def _publish(self) -> str:
-        """Write checkpoint.txt: the newest checkpoint with its cosignatures in the order of the witnesses' names."""
-        size, note = self._newest_checkpoint()
-        rows = self._query("SELECT line FROM cosignatures WHERE size = ? ORDER BY name", size)
-        note = notes.add_cosignatures(note, [bytes(line).decode() for (line,) in rows])
-        write_durably(self.path.with_name(CHECKPOINT_FILE), note.encode())
-        return note
 
     def _query(self, sql: str, *values: object) -> list[tuple[Any, ...]]:
         with _disk(self.path):
@@ -280,7 +279,7 @@ class Ledger:
         if published.exists():
             self._check_head(published.read_text(encoding="utf-8", errors="replace"), published)
         if self._query("SELECT 1 FROM checkpoints LIMIT 1"):
-            self._publish()
+            self.publish()
 
     def _check_head(self, note: str, source: Path) -> None:
         try:

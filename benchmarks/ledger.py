@@ -122,6 +122,7 @@ def build(folder: Path, entries: Iterator[Entry]) -> int:
     head = verify_note(ledger.checkpoint(), KEY.public.hex)
     for node in NODES:
         ledger.add_cosignature(cosign(head, KEYS[node], node, 1_790_000_000))
+    ledger.publish()
     ledger.close()
     return size
 

@@ -13,15 +13,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
 from data_schemas.errors import StorageFailed, Tampered
-from data_schemas.ledger import LedgerEntry
+from data_schemas.ledger import LedgerEntry, RoundEntry
 from hospital_node.folder import NodeFolder
 from pipeline.charter import Charter
 from pipeline.frontier import Frontier
@@ -32,17 +32,22 @@ from pipeline.signing import verify, write_durably
 
 COPY, STATE = "ledger.jsonl", "ledger.state"
 _FORMAT = "islet-ledger-state-3"
+_STATES = 4  # that a process remembers: before and after the entries of this sitting and of the last
 # Of the next entry, not of those so far; and what has a place of its own in the file.
 _NOT_KEPT = {"charter", "signatures", "vouched"}
 
 
-@dataclass
+@dataclass(eq=False)
 class LedgerState:
-    """What the entries so far have established. frontier: their tree; offset: their bytes in ledger.jsonl."""
+    """What the entries so far have established; what read() and followed_by() return is shared, and not to be changed.
+
+    frontier: the entries' tree; offset: their bytes in ledger.jsonl; closed: rounds among those taken in here.
+    """
 
     replay: Replay = field(default_factory=Replay)
     frontier: Frontier = field(default_factory=Frontier)
     offset: int = 0
+    closed: list[RoundEntry] = field(default_factory=list)
 
     def take(self, payload: bytes, public_key: str, *, signatures: bool) -> None:
         """Take the next entry in. signatures: check members' inside it, as for an entry that is new to this node.
@@ -61,15 +66,38 @@ class LedgerState:
             raise Tampered(COPY, index, f"an entry breaks the federation's rules ({wrong})")
         self.frontier = self.frontier.plus(leaf_hash(payload))
         self.offset += len(payload) + 1
+        if isinstance(line.entry, RoundEntry):
+            self.closed.append(line.entry)
+
+
+_NOTHING = LedgerState()
 
 
 def read(node: NodeFolder, *, whole: bool = False) -> LedgerState:
     """Return what the copy establishes; with `whole` from its first entry on. Raises Tampered, StorageFailed."""
-    state = LedgerState() if whole else _kept(node)
+    kept = _NOTHING if whole else _kept(node)
+    return _taken(kept, lines(node, kept.offset), str(node.settings.aggregator_public_key), signatures=False)
+
+
+@lru_cache(maxsize=_STATES)
+def followed_by(state: LedgerState, new: tuple[bytes, ...], public_key: str) -> LedgerState:
+    """Return what is established once these entries follow, members' signatures checked. Raises Tampered.
+
+    Remembered, and so is what the state's file says: hospitals that one process simulates are all shown the same, and
+    each would check it anew. A thousand of them would check a million updates a round.
+    """
+    return _taken(state, new, public_key, signatures=True)
+
+
+def _taken(state: LedgerState, new: Iterable[bytes], public_key: str, *, signatures: bool) -> LedgerState:
+    """The state with these entries taken in; where there are none, the very same."""
+    taken = state
     with without_collector():
-        for payload in lines(node, state.offset):
-            state.take(payload, str(node.settings.aggregator_public_key), signatures=False)
-    return state
+        for payload in new:
+            if taken is state:
+                taken = LedgerState(state.replay.copy(), state.frontier, state.offset)
+            taken.take(payload, public_key, signatures=signatures)
+    return taken
 
 
 def lines(node: NodeFolder, offset: int = 0) -> Iterator[bytes]:
@@ -111,17 +139,25 @@ def _kept(node: NodeFolder) -> LedgerState:
         signature, _, body = (node.path / STATE).read_bytes().partition(b"\n")
         copied = (node.path / COPY).stat().st_size
     except OSError:
-        return LedgerState()
+        return _NOTHING
     if not verify(node.key.public.hex, body, signature.decode("ascii", "replace")):
-        return LedgerState()
+        return _NOTHING
+    state = _parsed(body)
+    return state if state.offset <= copied else _NOTHING
+
+
+@lru_cache(maxsize=_STATES)
+def _parsed(body: bytes) -> LedgerState:
+    """What a state's file says; nothing when it is of another format."""
     told = json.loads(body)
-    if told["format"] != _FORMAT or told["offset"] > copied:
-        return LedgerState()
+    if told["format"] != _FORMAT:
+        return _NOTHING
     replay = Replay(charter=Charter(**_unpacked(Charter, told["charter"])), **_unpacked(Replay, told["replay"]))
     frontier = Frontier(told["size"], tuple(bytes.fromhex(peak) for peak in told["peaks"]))
     return LedgerState(replay, frontier, told["offset"])
 
 
+@lru_cache(maxsize=_STATES)
 def _packed(state: LedgerState) -> bytes:
     told = {
         "format": _FORMAT,

@@ -8,11 +8,11 @@ what the aggregator logged cannot be true; while it is there the node trains no 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from data_schemas.canonical import canonical_bytes, content_hash
 from data_schemas.errors import BadInput, Tampered
-from data_schemas.ledger import LedgerEntry, RoundEntry
+from data_schemas.ledger import RoundEntry
 from data_schemas.messages import ContestTask, RefusalCode, ReleaseTask, ScoreTask, TrainTask
 from data_schemas.plan import TrainingPlan
 from hospital_node import ledger_copy, own_rounds
@@ -81,17 +81,15 @@ def extend(
         return RefusalCode.LEDGER_FORK
     if any("\n" in entry for entry in entries):
         return RefusalCode.MALFORMED_TASK
-    held_bytes = state.offset
     try:
-        for payload in new_lines:
-            state.take(payload, str(node.settings.aggregator_public_key), signatures=True)
+        after = ledger_copy.followed_by(state, tuple(new_lines), str(node.settings.aggregator_public_key))
     except Tampered:
         return RefusalCode.LEDGER_BREAKS_RULES
-    if (rounds := _rounds(new_lines)) and (wrong := _own_fault(node, rounds)) is not None:
+    if after.closed and (wrong := _own_fault(node, after.closed)) is not None:
         raise_alarm(node, *wrong)
         return RefusalCode.ALARM
     if entries:
-        ledger_copy.append(node, state, held_bytes, new_lines)
+        ledger_copy.append(node, after, state.offset, new_lines)
     return None
 
 
@@ -105,11 +103,6 @@ def _leads_to(node: NodeFolder, held: Frontier, new: list[bytes], roots: dict[in
         if tree.root() != expected.pop(tree.size, tree.root()):
             return False
     return not expected and tree.size == max(roots)
-
-
-def _rounds(lines: Sequence[bytes]) -> list[RoundEntry]:
-    entries = (LedgerEntry.model_validate_json(line).entry for line in lines)
-    return [entry for entry in entries if isinstance(entry, RoundEntry)]
 
 
 def _own_fault(node: NodeFolder, rounds: list[RoundEntry]) -> tuple[RoundEntry, str] | None:

@@ -147,7 +147,9 @@ class Charter:
     def copy(self) -> Charter:
         """Return a copy for a trial: taking entries in there changes nothing here."""
         fresh = {item.name: copy(getattr(self, item.name)) for item in fields(self)}
-        return Charter(**{**fresh, "votes": {name: dict(cast) for name, cast in self.votes.items()}})
+        fresh["votes"] = {name: dict(cast) for name, cast in self.votes.items()}
+        fresh["keys"] = {name: list(known) for name, known in self.keys.items()}
+        return Charter(**fresh)
 
     def take(self, line: LedgerEntry) -> str:
         """Take the next entry in, or say what is wrong with it and leave the state as it was."""

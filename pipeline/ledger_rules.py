@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, fields
 
 from data_schemas.errors import BadInput
 from data_schemas.ledger import ContestEntry, CreditEntry, Entry, MemberEntry, ModelEntry, PlanEntry, RoundEntry
@@ -41,6 +42,12 @@ class Replay:
     micro_credits: dict[str, int] = field(default_factory=dict)
     unpaid: int = 0
     contested: dict[str, tuple[SignedRelease, ...]] = field(default_factory=dict)
+
+    def copy(self) -> Replay:
+        """Return a copy that takes entries in and changes nothing here."""
+        return Replay(
+            **{item.name: copy(getattr(self, item.name)) for item in fields(self)} | {"charter": self.charter.copy()}
+        )
 
 
 @contextmanager

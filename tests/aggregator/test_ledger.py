@@ -181,8 +181,8 @@ def test_a_witness_follows_the_log(tmp_path: Path) -> None:
         ledger.append(_plan(number), NOW)
         head = verify_note(ledger.checkpoint(), KEY.public.hex)
         assert extends(seen, head, ledger.consistency_proof(seen.size))
-        note = ledger.add_cosignature(cosign(head, HOSPITAL, "clinic-a", 1_790_000_000 + number))
-        seen = head
+        ledger.add_cosignature(cosign(head, HOSPITAL, "clinic-a", 1_790_000_000 + number))
+        note, seen = ledger.publish(), head
 
     assert [s.name for s in SignedCheckpoint.from_text(note).signatures] == [ORIGIN, "clinic-a"]
     assert (tmp_path / CHECKPOINT_FILE).read_text() == note == ledger.checkpoint()

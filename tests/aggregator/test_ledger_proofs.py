@@ -35,6 +35,7 @@ def path(tmp_path: Path) -> Path:
         ledger.append_once(("plan", run), PlanEntry(run=run, plan_hash=f"{number:064x}"), NOW)
     head = verify_note(ledger.checkpoint(), KEY.public.hex)
     ledger.add_cosignature(cosign(head, MEMBER, "clinic-a", 1_800_000_000))
+    ledger.publish()
     ledger.close()
     return file
 

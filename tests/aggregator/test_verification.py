@@ -147,6 +147,7 @@ def _build(folder: Path, entries: list[Entry], witnesses: tuple[str, ...] = NODE
             head = verify_note(ledger.checkpoint(), KEY.public.hex)
             for node in witnesses:
                 ledger.add_cosignature(cosign(head, KEYS[node], node, 1_790_000_000 + number))
+            ledger.publish()
     ledger.close()
     return folder / "ledger.db"
 
