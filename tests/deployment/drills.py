@@ -151,10 +151,9 @@ def doubling(drilled: Drilled) -> None:
 
 
 def restarting(drilled: Drilled) -> None:
-    """Stop every process of every side, and start them again."""
+    """Stop every process of every side, and start them again; who follows the run waits for the SuperLink."""
     running = [name for name in drilled.federation.processes if name != "hub"]
     drilled.federation.stop()
-    drilled.runner.wait()
     drilled.federation.up()
     for hospital in running:
         drilled.federation.run_node(hospital)
