@@ -8,7 +8,7 @@ Nothing here can end a run: a hospital that does not answer hears all of it at t
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -69,10 +69,22 @@ def sit(table: Table, now: str, *, attest: bool = False) -> Sitting:
     return Sitting(tuple(sorted(heard)), entered, refused, decided, champion, installed)
 
 
+def catch_up(table: Table) -> None:
+    """Show the ledger to members who missed the last sitting: they would refuse a task that they do not find there."""
+    size = table.ledger.size
+    behind = {name for name in table.ledger.members() if table.witness_sizes.get(name, 0) < size}
+    if behind:
+        _show(table, only=behind)
+
+
 def _show(
-    table: Table, *, refused: Mapping[str, Mapping[str, StatementCode]] | None = None, attest: bool = False
+    table: Table,
+    *,
+    only: Collection[str] | None = None,
+    refused: Mapping[str, Mapping[str, StatementCode]] | None = None,
+    attest: bool = False,
 ) -> dict[str, Cosigned]:
-    """Have every member cosign the ledger's present checkpoint; returns the cosigners' replies.
+    """Have members, or `only` some, cosign the ledger's present checkpoint; returns the cosigners' replies.
 
     A witness that stands elsewhere answers with its size and is asked once more with the proof from there. A witness
     ahead of this ledger has seen entries that are missing here: reported, never overridden.
@@ -80,6 +92,7 @@ def _show(
     note = table.ledger.checkpoint()
     table.courier.former_keys = table.ledger.charter().keys
     size, members = SignedCheckpoint.from_text(note).checkpoint.size, table.ledger.members()
+    members = members if only is None else {name: members[name] for name in members if name in only}
     replies = _present(table, note, members, refused=refused, attest=attest)
     heard = {r.node: r.body for r in replies if isinstance(r.body, Cosigned) and _accepted(r, table.ledger)}
     table.ledger.publish()  # once: each member's line beside all others' would be the square of their number

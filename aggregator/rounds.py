@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from aggregator import contests, epochs
 from aggregator.admission import Expectation
 from aggregator.aggregation import ServerState, initial_state, model_hash, released_weights, server_step
-from aggregator.assembly import Table, sit
+from aggregator.assembly import Table, catch_up, sit
 from aggregator.collecting import collect
 from aggregator.courier import Courier
 from aggregator.gathering import Gathered, as_sum, in_plain
@@ -167,6 +167,8 @@ def _train(
 ) -> Checkpoint:
     """Ask, collect, admit and step: a checkpoint that is not saved yet."""
     started, federation = time.monotonic(), desk.federation()
+    if federation.charter.founded:
+        catch_up(desk.table)
     expected = Expectation(
         federation=desk.settings.federation,
         run=desk.run,
