@@ -17,9 +17,11 @@ import re
 import sys
 import tempfile
 import time
+from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -35,6 +37,7 @@ _SAMPLE, _ZONE = "duke", "America/New_York"
 # A short local round: what is measured is how the federation's cost grows, not how long a hospital trains.
 _STEPS, _WINDOWS = 2, 8
 _LONG = 86_400.0
+_UNDER_WAY = 8  # messages for each actor
 
 
 @dataclass
@@ -122,6 +125,38 @@ def build(path: Path, sample: Path, nodes: int, rounds: int) -> tuple[Aggregator
     return folder, homes
 
 
+class FewAtOnce:
+    """A Flower Grid with few messages under way: it pushes the next when one is answered.
+
+    Flower's simulation looks through all messages for every simulated hospital, ten times a second.
+    """
+
+    def __init__(self, grid: Any, most: int) -> None:
+        self._grid, self._most, self._replies = grid, most, dict[str, Any]()
+
+    def __getattr__(self, name: str) -> Any:
+        """All else is the grid's."""
+        return getattr(self._grid, name)
+
+    def push_messages(self, messages: Iterable[Any]) -> list[str]:
+        """Return when all are answered; their ids."""
+        waiting, pushed, open_ids = deque(messages), list[str](), set[str]()
+        while waiting or open_ids:
+            for _ in range(min(len(waiting), self._most - len(open_ids))):
+                (sent,) = self._grid.push_messages([waiting.popleft()])
+                pushed.append(sent)
+                open_ids.add(sent)
+            got = {reply.metadata.reply_to_message_id: reply for reply in self._grid.pull_messages(open_ids)}
+            self._replies |= got
+            open_ids -= got.keys()
+            time.sleep(0.02)
+        return pushed
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Any]:
+        """Hand over what was answered."""
+        return [self._replies.pop(sent) for sent in message_ids if sent in self._replies]
+
+
 def run_on_ray(folder: AggregatorFolder, homes: dict[str, Path], clock: Clock, actors: int) -> None:
     """Run the federation with Ray's actors as hospitals."""
     from flwr.app import Context, Message
@@ -147,7 +182,7 @@ def run_on_ray(folder: AggregatorFolder, homes: dict[str, Path], clock: Clock, a
 
     @server.main()
     def main(grid: Grid, context: Context) -> None:  # noqa: ARG001
-        run_folder(grid, folder, clock)
+        run_folder(cast(Grid, FewAtOnce(grid, _UNDER_WAY * actors)), folder, clock)
 
     resources = {"init_args": {"num_cpus": actors}, "client_resources": {"num_cpus": 1, "num_gpus": 0.0}}
     run_simulation(server, Hospitals(), len(homes), backend_config=resources)  # type: ignore[arg-type]
