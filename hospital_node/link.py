@@ -91,7 +91,7 @@ def programs(path: Path, model: Path, host: str, port: int) -> tuple[Program, ..
 
     Raises BadInput when the node has not joined, or the gate would not be the first on the PATH.
     """
-    with NodeFolder.open(path) as node:
+    with NodeFolder.open(path, sitting=True) as node:  # a ClientApp that outlived a killed node may still be at work
         address = node.settings.fleet_address
     link, binaries = path / "link", Path(sys.executable).parent
     if address is None or not (link / "transport.key").exists():

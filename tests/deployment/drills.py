@@ -233,6 +233,7 @@ def run(drills: tuple[Drill, ...], path: Path) -> None:
 def row(drilled: Drilled, drill: Drill) -> str:
     """Wait for a drill's stage, do it, wait for the next closed round; its row of the table."""
     drilled.wait(drilled.changes(STAGES[drill.stage]), f"stage {drill.stage}")
+    assert drilled.runner.poll() != 0, f"{drill.key}: the run was over before stage {drill.stage} came"
     closed, submissions, started = len(drilled.summaries()), drilled.submissions, time.monotonic()
     drill.harm(drilled)
     drilled.wait(lambda: len(drilled.summaries()) > closed, drill.name)

@@ -90,6 +90,18 @@ def test_a_node_runs_once(tmp_path: Path) -> None:
         pass
 
 
+def test_a_node_starts_while_a_round_of_an_earlier_start_is_at_work(tmp_path: Path) -> None:
+    """A killed node's ClientApp may live for seconds and hold the folder; the node is started again without a wait."""
+    home = tmp_path / "node"
+    NodeFolder.create(home, settings(fleet_address="127.0.0.1:1"))
+    _make_link(home, invitation(fleet_address="127.0.0.1:1"))
+    with NodeFolder.open(home):
+        assert [program.name for program in programs(home, home / "model", "127.0.0.1", 0)] == [
+            "supernode",
+            "superexec",
+        ]
+
+
 def test_a_damaged_invitation_is_named_without_its_token() -> None:
     """The text says which field is wrong and never repeats the secret."""
     text = invitation().model_dump_json().replace('"version":1', '"version":"cdcdcdcd"')
