@@ -40,9 +40,9 @@ def free_ports() -> int:
                 return port
 
 
-def write_plan(path: Path, rounds: int) -> Path:
-    """Write the demo's plan with another number of rounds, credited at the end, and a seed."""
-    text = "seed = 1\n" + (ROOT / "data_schemas" / "plans" / "demo.toml").read_text()
+def write_plan(path: Path, rounds: int, *, seeded: bool = True) -> Path:
+    """Write the demo's plan with another number of rounds, credited at the end, and a seed for nodes that have one."""
+    text = ("seed = 1\n" if seeded else "") + (ROOT / "data_schemas" / "plans" / "demo.toml").read_text()
     for name in ("rounds", "rounds_per_epoch", "average_last_rounds"):
         text = re.sub(rf"^{name} = .*$", f"{name} = {rounds}", text, flags=re.M)
     path.write_text(text)
