@@ -316,7 +316,7 @@ def _publish(
     desk.ledger.append_once(("model", desk.run), entry, desk.now())
     if (contest := contests.settled(desk.federation(), desk.run, entry.model_hash)) is not None:
         desk.ledger.append_once(("contest", desk.run), contest, desk.now())
-    cosigned_by = _sit(desk, attest=True)
+    cosigned_by = _sit(desk, attest=True) or _sit(desk)  # a ledger without any witness at its end is asked for again
     credited = desk.federation().credits
     return FederationResult(
         run=desk.run,
