@@ -184,10 +184,24 @@ def speed_rows(shapes: list[Shape], seconds: float, jax: str | None) -> None:
         print("| " + " | ".join([*shape.cells, f"{got[FLOOR][0]:.0f}", *ratios, faster]) + " |", flush=True)
 
 
+def gpu_megabytes(make: Callable[[Shape], Callable[[], object]], shape: Shape) -> float:
+    """Growth of the GPU's memory that tensors take, at its highest over a few steps."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step = make(shape)
+    for _ in range(2):
+        step()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
 def memory_rows(shapes: list[Shape], jax: str | None) -> None:
-    """Print one row a shape: extra megabytes of each variant, each in a process of its own."""
+    """Print one row a shape: extra megabytes of each variant, on a CPU each in a process of its own."""
     for shape in shapes:
-        ours = [fresh_process("benchmarks.private_step", "--memory", name, *shape.cells) for name in VARIANTS]
+        if DEVICE.type == "cuda":
+            ours = [f"{gpu_megabytes(make, shape):.0f}" for make in VARIANTS.values()]
+        else:
+            ours = [fresh_process("benchmarks.private_step", "--memory", name, *shape.cells) for name in VARIANTS]
         peer = "-" if jax is None else fresh_process("benchmarks.jax_step", "--memory", *shape.cells, python=jax)
         print("| " + " | ".join([*shape.cells, *ours, peer]) + " |", flush=True)
 
@@ -202,10 +216,11 @@ def main(arguments: list[str]) -> None:
     quick = "--quick" in arguments
     jax = arguments[arguments.index("--jax") + 1] if "--jax" in arguments else None
     sizes = ["windows", "hidden", "layers", "k"]
-    print("A training step as a ratio to nn.LSTM without privacy, medians of interleaved turns, one thread\n")
+    where = torch.cuda.get_device_name(DEVICE) if DEVICE.type == "cuda" else "one thread"
+    print(f"A training step as a ratio to nn.LSTM without privacy, medians of interleaved turns, {where}\n")
     print(table([*sizes, "nn.LSTM ms", "Islet", DPLSTM, JAX, "times faster than DPLSTM"], []), flush=True)
     speed_rows(QUICK if quick else SHAPES, 2.0, jax)
-    print("\nExtra peak memory of a step in MB, each in a fresh process\n")
+    print("\nExtra peak memory of a step in MB\n")
     print(table([*sizes, *VARIANTS, JAX], []), flush=True)
     memory_rows(MEMORY[:2] if quick else MEMORY, jax)
 

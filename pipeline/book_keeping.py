@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.gate_tap import GateTap
+from pipeline.gate_tap import GateTap, at_once
 
 # Added to a norm before dividing, as Opacus does.
 _NORM_EPSILON = 1e-6
@@ -64,7 +64,7 @@ class Book:
 def parts_of(x: Tensor, hidden_size: int) -> Iterator[slice]:
     """Cut the patients of x [k,P,T,F] into ranges small enough for one pass; patients are independent of each other."""
     windows, patients, steps, _ = x.shape
-    size = max(1, _PART_NUMBERS // (windows * steps * 4 * hidden_size))
+    size = max(1, at_once(_PART_NUMBERS, x) // (windows * steps * 4 * hidden_size))
     for at in range(0, patients, size):
         yield slice(at, at + size)
 
@@ -81,7 +81,8 @@ def add_clipped_gradients(entries: list[Entry], total_loss: Tensor, max_grad_nor
     pairs = [(entry.inputs, grad) for entry, grad in zip(entries, arriving, strict=True)]
     patients = pairs[0][0].shape[1]
     # whole products are kept between norm and sum where they are small: then each is formed once
-    step = max(1, min(patients, _PRODUCT_NUMBERS // max(i.shape[2] * g.shape[2] for i, g in pairs)))
+    numbers = at_once(_PRODUCT_NUMBERS, total_loss)
+    step = max(1, min(patients, numbers // max(i.shape[2] * g.shape[2] for i, g in pairs)))
     for at in range(0, patients, step):
         part = [(i[:, at : at + step], g[:, at : at + step]) for i, g in pairs]
         _add_part(entries, part, max_grad_norm)

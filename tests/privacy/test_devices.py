@@ -1,4 +1,4 @@
-"""A round stays on the device that its model is moved to. No GPU is at hand here: torch's `meta` device stands in.
+"""A round stays on the device that its model is moved to. Without a GPU torch's `meta` device stands in.
 
 It has shapes and no values. Every operation is watched: none may mix it with a tensor that was left behind on the CPU.
 """
