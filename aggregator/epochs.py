@@ -226,7 +226,9 @@ def credit_of_sums(task: ReleaseTask, closed: Sequence[RoundEntry], terms: Itera
     rounds = rounds_of(task.epoch, task.plan)
     pot = task.plan.credit.pot_micro_credits_per_round * len(rounds)
     algorithm = recipe_shares(terms, task.plan.credit.pot_micro_credits_per_round)
-    lines, unpaid = credit_by_patients(closed, pot - sum(share.micro_credits for share in algorithm))
+    lines, unpaid = credit_by_patients(
+        [entry.patients() for entry in closed], pot - sum(share.micro_credits for share in algorithm)
+    )
     return CreditEntry(
         run=task.run,
         epoch=task.epoch,

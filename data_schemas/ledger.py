@@ -69,6 +69,10 @@ class RoundEntry(Frozen):
     rejected: tuple[RejectedUpdate, ...]
     sum: SecureSum | None = later(None)
 
+    def patients(self) -> dict[str, int]:
+        """Declared training patients of each hospital whose update was admitted."""
+        return {signed.manifest.node: signed.manifest.declared_patients for signed in self.admitted}
+
 
 class CreditLine(Frozen):
     """One node's credit in an epoch, with the 95% interval of the noise. Micro-credits are integers."""

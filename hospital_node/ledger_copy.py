@@ -31,7 +31,7 @@ from pipeline.merkle import leaf_hash
 from pipeline.signing import verify, write_durably
 
 COPY, STATE = "ledger.jsonl", "ledger.state"
-_FORMAT = "islet-ledger-state-3"
+_FORMAT = "islet-ledger-state-4"
 _STATES = 4  # that a process remembers: before and after the entries of this sitting and of the last
 # Of the next entry, not of those so far; and what has a place of its own in the file.
 _NOT_KEPT = {"charter", "signatures", "vouched"}
@@ -112,6 +112,17 @@ def lines(node: NodeFolder, offset: int = 0) -> Iterator[bytes]:
         return
     except OSError as error:
         raise StorageFailed(f"{COPY}: cannot be read", "Check its owner and mode.") from error
+
+
+def round_entry(node: NodeFolder, run: str, number: int) -> RoundEntry:
+    """Read a closed round's entry, with all that it admitted, from the copy. Raises Tampered where there is none."""
+    named = f'"round":{number},"run":{json.dumps(run)}'.encode()  # as canonical JSON has it
+    for payload in lines(node):
+        if named in payload:
+            entry = LedgerEntry.model_validate_json(payload).entry
+            if isinstance(entry, RoundEntry) and (entry.run, entry.round) == (run, number):
+                return entry
+    raise Tampered(COPY, 0, f"round {number} is missing")
 
 
 def append(node: NodeFolder, state: LedgerState, held_bytes: int, new: Sequence[bytes]) -> None:

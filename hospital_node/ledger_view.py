@@ -25,6 +25,7 @@ from pipeline.charter import Charter, run_name
 from pipeline.checkpoint import Checkpoint
 from pipeline.frontier import Frontier
 from pipeline.signing import write_durably
+from pipeline.terms import hash_of_updates
 
 ALARM = "alarm.json"
 
@@ -180,16 +181,17 @@ def holds_with_log(
     before = charter.rounds.get((task.run, task.round - 1))
     logged = (
         closed.base_model_hash,
-        tuple(signed.manifest.update_hash for signed in closed.admitted),
-        tuple(signed.manifest.node for signed in closed.admitted),
+        closed.updates_hash,
         closed.plan_hash,
         still_hash if before is None else before.velocity_hash,
     )
-    shown = (task.base_model_hash, task.update_hashes, task.nodes, content_hash(task.plan), task.base_velocity_hash)
+    updates = hash_of_updates(task.nodes, task.update_hashes)
+    shown = (task.base_model_hash, updates, content_hash(task.plan), task.base_velocity_hash)
     if logged != shown:
         return False
     if (closed.new_model_hash, closed.velocity_hash) != (new_model_hash, velocity_hash):
-        raise_alarm(node, closed, f"its model is not the sum of its updates, which is {new_model_hash}")
+        entry = ledger_copy.round_entry(node, task.run, task.round)
+        raise_alarm(node, entry, f"its model is not the sum of its updates, which is {new_model_hash}")
         return False
     return True
 

@@ -15,6 +15,7 @@ from data_schemas.secure import Checked, CheckTask
 from hospital_node import ledger_view
 from hospital_node.ceilings import Declined, require
 from hospital_node.folder import NodeFolder
+from hospital_node.ledger_copy import round_entry
 from pipeline.commitments import adds_up, total_hash
 from pipeline.masking import mean_of
 from pipeline.robust import stepped
@@ -31,8 +32,9 @@ def check(
     """
     require(task.federation == node.settings.federation, RefusalCode.UNKNOWN_FEDERATION)
     charter = ledger_view.decided(node)
-    closed, before = (charter.rounds.get((task.run, number)) for number in (task.round, task.round - 1))
-    if closed is None or closed.sum is None:
+    require((task.run, task.round) in charter.rounds, RefusalCode.MODEL_MISMATCH)
+    closed, before = round_entry(node, task.run, task.round), charter.rounds.get((task.run, task.round - 1))
+    if closed.sum is None:
         raise Declined(RefusalCode.MODEL_MISMATCH)
     server, still = task.plan.server, np.zeros_like(base)
     moved = still if velocity is None else velocity
@@ -41,7 +43,7 @@ def check(
     require(logged == shown and base.shape == total.shape == moved.shape, RefusalCode.MODEL_MISMATCH)
     begun = None if before is None else before.velocity_hash
     require(not server.momentum or _hash(moved) == (begun or _hash(still)), RefusalCode.MODEL_MISMATCH)
-    mean = mean_of(total, sum(signed.manifest.declared_patients for signed in closed.admitted))
+    mean = mean_of(total, sum(closed.patients().values()))
     weights, after = stepped(base, moved, mean, server)
     if not adds_up(closed.admitted, total, closed.sum):
         ledger_view.raise_alarm(node, closed, "its sum is not what the hospitals committed to")

@@ -38,7 +38,7 @@ from data_schemas.governance import (
 from data_schemas.ledger import ContestEntry, Entry, LedgerEntry, MemberEntry, ModelEntry, PlanEntry, RoundEntry
 from data_schemas.plan import AggregationMode, TrainingPlan
 from pipeline.signing import verify
-from pipeline.terms import Challenger, Terms
+from pipeline.terms import Challenger, ClosedRound, Terms
 
 Code = StatementCode
 _ROUNDING = 1e-9
@@ -66,7 +66,7 @@ class Charter:
     decided: dict[str, bool] = field(default_factory=dict)
     plans: dict[str, str] = field(default_factory=dict)
     secure: dict[str, bool] = field(default_factory=dict)
-    rounds: dict[tuple[str, int], RoundEntry] = field(default_factory=dict)
+    rounds: dict[tuple[str, int], ClosedRound] = field(default_factory=dict)
     models: dict[str, ModelEntry] = field(default_factory=dict)
     champions: list[str] = field(default_factory=list)
     paused: bool = False
@@ -177,7 +177,7 @@ def take(charter: Charter, entry: Entry, at: str) -> str:  # noqa: PLR0911
         case PlanEntry():
             return _plan(charter, entry)
         case RoundEntry():
-            charter.rounds[entry.run, entry.round] = entry
+            charter.rounds[entry.run, entry.round] = ClosedRound.of(entry)
             charter.terms[entry.run, entry.round] = charter.terms_now(entry.plan_hash)
             for manifest in (signed.manifest for signed in entry.admitted):
                 told = manifest.spend.epsilon_after

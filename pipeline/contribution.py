@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from data_schemas.errors import BadInput
-from data_schemas.ledger import CreditLine, CreditMode, RoundEntry
+from data_schemas.ledger import CreditLine, CreditMode
 from data_schemas.messages import EpochRelease
 from pipeline.shapley import EXACT_NODES
 
@@ -73,16 +73,19 @@ def credit(
     return lines, pot_micro_credits - sum(amounts)
 
 
-def credit_by_patients(rounds: Sequence[RoundEntry], pot_micro_credits: int) -> tuple[tuple[CreditLine, ...], int]:
+def credit_by_patients(
+    rounds: Sequence[Mapping[str, int]], pot_micro_credits: int
+) -> tuple[tuple[CreditLine, ...], int]:
     """Lines by name, and what is left: each round's part of the pot in proportion to the patients declared in it.
+
+    rounds: declared patients of each hospital whose update was admitted.
 
     The credit that is left under secure aggregation, where no coalition of updates can be scored. It pays for taking
     part with as many patients as members admitted a hospital with, and says nothing of value: every value is 0.
     """
     earned: dict[str, int] = {}
     pot = pot_micro_credits // max(1, len(rounds))
-    for entry in rounds:
-        patients = {signed.manifest.node: signed.manifest.declared_patients for signed in entry.admitted}
+    for patients in rounds:
         names = sorted(patients)
         amounts = _largest_remainder([patients[name] for name in names], names, pot)
         for name, amount in zip(names, amounts, strict=True):

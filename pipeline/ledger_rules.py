@@ -23,9 +23,10 @@ from pipeline.signing import verify
 class Replay:
     """What the entries so far have established; fault() takes the next one in.
 
-    members: all there ever were. rounds: how many updates each admitted. signatures: whether those of members inside
-    the next entry are checked; set it off for what was checked before. vouched: members whose signatures need no check
-    there, because they cosigned it. contested: releases with a contest's value, by its name, until it is settled.
+    members: all there ever were. last_round: of each run, its number and its model's hash. rounds: how many updates
+    each admitted. signatures: whether those of members inside the next entry are checked; set it off for what was
+    checked before. vouched: members whose signatures need no check there, because they cosigned it. contested: releases
+    with a contest's value, by its name, until it is settled.
     """
 
     charter: Charter = field(default_factory=Charter)
@@ -33,7 +34,7 @@ class Replay:
     vouched: Collection[str] = frozenset()
     members: dict[str, MemberEntry] = field(default_factory=dict)
     plans: dict[str, str] = field(default_factory=dict)
-    last_round: dict[str, RoundEntry] = field(default_factory=dict)
+    last_round: dict[str, tuple[int, str]] = field(default_factory=dict)
     epochs: set[tuple[str, int]] = field(default_factory=set)
     paid_rounds: set[tuple[str, int]] = field(default_factory=set)
     rounds: dict[tuple[str, int], int] = field(default_factory=dict)
@@ -96,9 +97,9 @@ def _plan_fault(entry: PlanEntry, so_far: Replay) -> str:
 
 def _round_fault(entry: RoundEntry, so_far: Replay) -> str:
     previous = so_far.last_round.get(entry.run)
-    if previous and entry.round <= previous.round:
-        return f"round {entry.round} of run {entry.run} follows round {previous.round}"
-    if previous and entry.base_model_hash != previous.new_model_hash:
+    if previous and entry.round <= previous[0]:
+        return f"round {entry.round} of run {entry.run} follows round {previous[0]}"
+    if previous and entry.base_model_hash != previous[1]:
         return "its base model is not the model of the round before"
     if so_far.plans.get(entry.run, entry.plan_hash) != entry.plan_hash:
         return "it does not follow the run's plan"
@@ -107,7 +108,7 @@ def _round_fault(entry: RoundEntry, so_far: Replay) -> str:
     for update in entry.admitted:
         if wrong := _update_fault(update, entry, so_far):
             return f"update of {update.manifest.node}: {wrong}"
-    so_far.last_round[entry.run] = entry
+    so_far.last_round[entry.run] = entry.round, entry.new_model_hash
     so_far.rounds[entry.run, entry.round] = len(entry.admitted)
     return ""
 
@@ -204,7 +205,9 @@ def _sum_fault(entry: CreditEntry, so_far: Replay) -> str:
         releases, nodes = [s.release for s in entry.releases], [line.node for line in entry.lines]
         for_data = entry.pot_micro_credits - sum(share.micro_credits for share in entry.algorithm)
         if entry.mode == "declared-patients":
-            lines, unpaid = credit_by_patients([so_far.charter.rounds[entry.run, n] for n in entry.rounds], for_data)
+            lines, unpaid = credit_by_patients(
+                [so_far.charter.rounds[entry.run, n].patients for n in entry.rounds], for_data
+            )
         else:
             lines, unpaid = credit(releases, nodes, for_data, declared)
     except BadInput as error:

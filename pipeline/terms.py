@@ -1,8 +1,12 @@
-"""What the members let compete, and what held when a round closed."""
+"""What the members let compete, and what is remembered of a closed round."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from data_schemas.canonical import content_hash
 from data_schemas.frozen import Frozen
+from data_schemas.ledger import RoundEntry
 
 
 class Challenger(Frozen):
@@ -22,3 +26,36 @@ class Terms(Frozen):
     entrant: str | None
     author: str | None
     permille: int
+
+
+class ClosedRound(Frozen):
+    """What decisions after a round need of it; about as much however many updates it admitted.
+
+    updates_hash: of the admitted updates (`hash_of_updates`). patients: what each hospital declared, under secure
+    aggregation, where credit follows from it.
+    """
+
+    plan_hash: str
+    base_model_hash: str
+    new_model_hash: str
+    velocity_hash: str | None
+    updates_hash: str
+    patients: dict[str, int]
+
+    @classmethod
+    def of(cls, entry: RoundEntry) -> ClosedRound:
+        """What is remembered of an entry."""
+        told = [signed.manifest for signed in entry.admitted]
+        return cls(
+            plan_hash=entry.plan_hash,
+            base_model_hash=entry.base_model_hash,
+            new_model_hash=entry.new_model_hash,
+            velocity_hash=entry.velocity_hash,
+            updates_hash=hash_of_updates([m.node for m in told], [m.update_hash for m in told]),
+            patients={} if entry.sum is None else entry.patients(),
+        )
+
+
+def hash_of_updates(nodes: Sequence[str], hashes: Sequence[str]) -> str:
+    """Hash of whose updates they are, and of their hashes, in their order."""
+    return content_hash([[*nodes], [*hashes]])

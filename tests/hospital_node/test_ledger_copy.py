@@ -9,11 +9,12 @@ import pytest
 
 from data_schemas.canonical import content_hash
 from data_schemas.errors import Tampered
-from data_schemas.ledger import PlanEntry
+from data_schemas.ledger import LedgerEntry, PlanEntry, RoundEntry
 from data_schemas.messages import Cosigned
 from hospital_node import ledger_copy, ledger_view
 from hospital_node.folder import NodeFolder
 from hospital_node.ledger_copy import COPY, STATE
+from tests.hospital_node import small_ledger
 from tests.hospital_node.small_node import make_node
 from tests.hospital_node.test_client_app import promote
 from tests.hospital_node.test_ledger_view import AGGREGATOR, PLAN, RUN, Log, founding, log_of, member, show
@@ -106,3 +107,22 @@ def test_an_altered_entry_decides_nothing_and_is_found(path: Path, log: Log) -> 
         assert privacy.max_epsilon_training == 8
         with pytest.raises(Tampered, match="not the one that the aggregator signed at offset 0"):
             ledger_view.decided(node, whole=True)
+
+
+def test_a_state_is_as_large_however_many_updates_rounds_admit(path: Path) -> None:
+    """What hospitals signed stays in the copy, where a round's entry is found again; the state says what came of it."""
+    log = small_ledger.live(path, "6" * 64)
+    entries = [LedgerEntry.model_validate_json(line).entry for line in log.lines]
+    rounds = [entry for entry in entries if isinstance(entry, RoundEntry)]
+    state = (path / STATE).read_text()
+
+    assert_same(path)
+    with NodeFolder.open(path) as node:
+        assert rounds
+        assert [ledger_copy.round_entry(node, entry.run, entry.round) for entry in rounds] == rounds
+        with pytest.raises(Tampered):
+            ledger_copy.round_entry(node, rounds[0].run, len(rounds) + 1)
+    for entry in rounds:
+        assert entry.new_model_hash in state
+        assert not [signed for signed in entry.admitted if signed.signature in state]
+        assert not [signed for signed in entry.admitted if signed.manifest.update_hash in state]

@@ -76,7 +76,7 @@ def test_the_logged_sum_opens_the_commitments_or_does_not() -> None:
 
 def test_credit_by_patients_pays_who_was_there_by_declared_patients() -> None:
     """Two rounds of 1000: all three (30, 20, 50 patients), then two of them; the pot is paid to the last unit."""
-    lines, unpaid = credit_by_patients([entry(ALL), entry((ALL[0], ALL[2]))], 2001)
+    lines, unpaid = credit_by_patients([entry(ALL).patients(), entry((ALL[0], ALL[2])).patients()], 2001)
 
     assert {line.node: line.micro_credits for line in lines} == {"alder": 675, "birch": 200, "cedar": 1125}
     assert unpaid == 1
