@@ -37,7 +37,7 @@ _SAMPLE, _ZONE = "duke", "America/New_York"
 # A short local round: what is measured is how the federation's cost grows, not how long a hospital trains.
 _STEPS, _WINDOWS = 2, 8
 _LONG = 86_400.0
-_UNDER_WAY = 8  # messages for each actor
+_UNDER_WAY = 2  # messages for each actor: one at work, one waiting
 
 
 @dataclass

@@ -6,7 +6,10 @@ that its book does not know was signed with a stolen key, or the book is an old 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
 
 from data_schemas.ledger import RoundEntry
 from data_schemas.messages import SignedUpdate, UpdateManifest
@@ -22,7 +25,7 @@ def fault(node: NodeFolder, rounds: Sequence[RoundEntry]) -> tuple[RoundEntry, s
     """Find the first round of the log that is wrong about this hospital, and say what is wrong with it."""
     if not rounds:
         return None
-    made = _made(node.budget(), rounds)
+    made = [signed.manifest for signed, _ in updates(node.budget(), {entry.run for entry in rounds})]
     for entry in rounds:
         if wrong := _wrong(node.settings.name, entry, made):
             return entry, wrong
@@ -37,11 +40,15 @@ def _wrong(own: str, entry: RoundEntry, made: list[UpdateManifest]) -> str:
     return SKIPPED if here and own not in {update.node for update in entry.rejected} else ""
 
 
-def _made(book: BudgetBook, rounds: Sequence[RoundEntry]) -> list[UpdateManifest]:
-    """Manifests of what this hospital answered in these runs, in any order.
+def updates(
+    book: BudgetBook, runs: Collection[str] | None = None
+) -> Iterator[tuple[SignedUpdate, NDArray[np.float32]]]:
+    """Go through what this hospital answered, in clear: manifest and update float32[D]; of these runs, or of all.
 
     The book's order is no order of rounds: an aggregator whose checkpoint is lost asks for an earlier round again.
     """
-    runs = {entry.run for entry in rounds}
-    answers = (book.stored_reply(row.task_id) for row in book.rows() if row.run in runs and row.cohort == "training")
-    return [replies.unpack(SignedUpdate, answer)[0].manifest for answer in answers if answer is not None]
+    for row in book.rows():
+        if row.cohort == "training" and (runs is None or row.run in runs):
+            answer = book.stored_reply(row.task_id)
+            if answer is not None:
+                yield replies.unpack(SignedUpdate, answer)

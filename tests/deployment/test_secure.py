@@ -12,7 +12,7 @@ import pytest
 from aggregator.ledger import read_entries
 from data_schemas.ledger import RoundEntry
 from data_schemas.messages import SignedUpdate
-from hospital_node import ledger_view, replies
+from hospital_node import ledger_view, own_rounds
 from hospital_node.folder import NodeFolder
 from pipeline import masking
 from pipeline.commitments import total_hash
@@ -64,15 +64,11 @@ def vote(federation: RealFederation) -> None:
     wait_until("it is decided", lambda: bool(status(federation, "; secure aggregation")))
 
 
-def at_home(path: Path) -> Iterator[tuple[SignedUpdate, np.ndarray]]:
+def at_home(path: Path) -> list[tuple[SignedUpdate, np.ndarray]]:
     """What a hospital trained, in clear, from its own budget book."""
     with NodeFolder.open(path) as node:
         assert ledger_view.alarm(node) is None
-        book = node.budget()
-        answers = [book.stored_reply(row.task_id) for row in book.rows() if row.cohort == "training"]
-    for answer in answers:
-        if answer is not None:
-            yield replies.unpack(SignedUpdate, answer)
+        return [*own_rounds.updates(node.budget())]
 
 
 def test_the_hub_gets_the_sum_alone(federation: RealFederation) -> None:

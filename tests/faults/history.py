@@ -17,7 +17,7 @@ from data_schemas.ledger import CreditEntry, ModelEntry, RoundEntry
 from data_schemas.messages import SignedUpdate
 from data_schemas.plan import TrainingPlan
 from data_schemas.units import DELTA
-from hospital_node import ledger_view, replies
+from hospital_node import ledger_view, own_rounds
 from hospital_node.budget import Reservation, epsilon
 from hospital_node.folder import NodeFolder
 from hospital_node.witness import witnessed_note
@@ -51,12 +51,9 @@ def _book(home: Path) -> tuple[dict[str, Update], tuple[Reservation, ...]]:
     updates: dict[str, Update] = {}
     with NodeFolder.open(home) as node:
         book = node.budget()
-        for row in book.rows():
-            reply = book.stored_reply(row.task_id)
-            if row.cohort == "training" and reply is not None:
-                signed, delta = replies.unpack(SignedUpdate, reply)
-                assert bytes_hash(delta.tobytes()) == signed.manifest.update_hash
-                updates[signed.manifest.update_hash] = (signed, delta)
+        for signed, delta in own_rounds.updates(book):
+            assert bytes_hash(delta.tobytes()) == signed.manifest.update_hash
+            updates[signed.manifest.update_hash] = (signed, delta)
         alarm = ledger_view.alarm(node)
         assert alarm is None, f"{home.name} raised an alarm: {alarm}"
         return updates, book.rows()

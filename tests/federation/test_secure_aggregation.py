@@ -18,7 +18,7 @@ from aggregator.verification import verify_ledger
 from data_schemas.errors import CheckFailed, IsletError
 from data_schemas.ledger import CreditEntry, RoundEntry
 from data_schemas.messages import HelloTask, SignedUpdate
-from hospital_node import client_app, ledger_view, replies
+from hospital_node import client_app, ledger_view, own_rounds
 from hospital_node.folder import NodeFolder
 from pipeline import masking
 from pipeline.commitments import total_hash
@@ -78,13 +78,9 @@ def updates_at_home(house: House) -> dict[tuple[str, int], tuple[SignedUpdate, n
     found: dict[tuple[str, int], tuple[SignedUpdate, np.ndarray]] = {}
     for name, home in house.homes.items():
         with NodeFolder.open(home) as node:
-            book = node.budget()
-            for row in book.rows():
-                stored = book.stored_reply(row.task_id)
-                if row.cohort == "training" and stored is not None:
-                    signed, update = replies.unpack(SignedUpdate, stored)
-                    assert (name, signed.manifest.round) not in found
-                    found[name, signed.manifest.round] = signed, update
+            for signed, update in own_rounds.updates(node.budget()):
+                assert (name, signed.manifest.round) not in found
+                found[name, signed.manifest.round] = signed, update
     return found
 
 
