@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from aggregator.courier import COSIGN, MODEL, Courier, Reply
+from aggregator.courier import COSIGN, MODEL, Courier, Reply, by_name
 from aggregator.epochs import report
 from aggregator.governance import decide, enter
 from aggregator.ledger import AgainstTheRules, Ledger
@@ -130,7 +130,7 @@ def _present(
         }
         retry = not last
         replies = table.courier.ask(COSIGN, tasks, members, timeout_s=table.timeout_s, group="cosign")
-        last |= {name: [reply for reply in replies if reply.node == name] for name in asked}
+        last |= by_name(replies)
         asked = {reply.node: reply.body.size for reply in replies if isinstance(reply.body, WitnessState)}
         asked = {name: old for name, old in asked.items() if retry and _provable(name, old, size)}
     return [reply for name in sorted(last) for reply in last[name]]

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
+from operator import attrgetter
 from typing import Annotated, Any, Protocol
 
 from numpy.typing import NDArray
@@ -156,6 +158,11 @@ class Courier:
 
     def _knows(self, member: MemberEntry, public_key: str) -> bool:
         return public_key == member.public_key or public_key in self.former_keys.get(member.node, ())
+
+
+def by_name(replies: Iterable[Reply]) -> dict[str, list[Reply]]:
+    """Group what `ask` returned: several nodes may answer for one name."""
+    return {name: list(group) for name, group in groupby(replies, key=attrgetter("node"))}
 
 
 def _why(body: Body | None, back: Incoming, member: MemberEntry | None) -> str:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from aggregator.admission import RejectionCode, is_hash
 from aggregator.aggregation import model_hash
-from aggregator.courier import RELEASE, SCORE, Courier, Reply
+from aggregator.courier import RELEASE, SCORE, Courier, Reply, by_name
 from data_schemas.canonical import canonical_bytes
 from data_schemas.frozen import Frozen
 from data_schemas.ledger import CreditEntry, MemberEntry, RoundEntry
@@ -124,7 +124,7 @@ def ask_twice(
     for _ in range(2):
         tasks = dict.fromkeys(sorted(asked), task)
         replies = courier.ask(kind, tasks, members, timeout_s=timeout_s, arrays=arrays, group=group)
-        last |= {name: [reply for reply in replies if reply.node == name] for name in asked}
+        last |= by_name(replies)
         asked = {name for name in asked if any(reply.failure in _PASSING for reply in last[name])}
         if not asked:
             break
