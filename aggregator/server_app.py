@@ -25,7 +25,7 @@ from aggregator.progress import Observer, RoundSummary
 from aggregator.promotion import crown
 from aggregator.rounds import FederationResult, run_federation
 from aggregator.settings import AggregatorFolder, open_folder
-from aggregator.state import hold
+from aggregator.state import hold, hold_sittings
 from data_schemas.errors import BadInput
 from data_schemas.ledger import CreditEntry
 from pipeline.log_lines import JsonLines
@@ -83,7 +83,8 @@ def main(grid: Grid, context: Context) -> None:
         )
     folder = open_folder(Path(configured))
     if every_s := float(str(context.run_config.get(SIT_EVERY_S, 0.0))):
-        keep_sitting(grid, folder, every_s, Event())
+        with hold_sittings(folder.state):
+            keep_sitting(grid, folder, every_s, Event())
         return
     (folder.path / "log").mkdir(exist_ok=True, mode=0o700)
     _log.addHandler(JsonLines("serverapp", folder.path / "log" / "aggregator.log"))

@@ -17,7 +17,7 @@ import io
 import logging
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -133,18 +133,31 @@ class StateFolder:
 @contextmanager
 def hold(path: Path) -> Iterator[StateFolder]:
     """Hold a state folder (created at need) until the block ends. Raises NodeBusy when another process holds it."""
-    path.mkdir(parents=True, exist_ok=True)
-    with (path / "lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise NodeBusy(
-                "another aggregator works on this state folder",
-                "wait until it has finished, or stop it; two aggregators must never share a folder",
-            ) from error
+    busy = NodeBusy(
+        "another aggregator works on this state folder",
+        "wait until it has finished, or stop it; two aggregators must never share a folder",
+    )
+    with _locked(path / "lock", busy):
         for leftover in path.glob("*/.*.new"):  # a kill in the middle of a write left it
             leftover.unlink()
         yield StateFolder(path)
+
+
+def hold_sittings(path: Path) -> AbstractContextManager[None]:
+    """Hold a state folder's standing run of sittings until the block ends. Raises NodeBusy when there is one."""
+    what_to_do = "leave it at that: what members sign is taken in, and a second run would only keep hospitals busy"
+    return _locked(path / "sittings.lock", NodeBusy("a standing run holds the sittings already", what_to_do))
+
+
+@contextmanager
+def _locked(file: Path, busy: NodeBusy) -> Iterator[None]:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise busy from error
+        yield
 
 
 def _pack(checkpoint: Checkpoint) -> bytes:

@@ -154,11 +154,15 @@ def federation_sit(
     Without --node a standing run is started at the aggregator's SuperLink (`islet aggregator up`), for nodes elsewhere.
     """
     from aggregator.settings import open_folder
+    from aggregator.state import hold_sittings
     from aggregator.superlink import submit
     from pipeline.demo_votes import hold_sitting, meeting
 
     if not nodes:
-        flower_run = submit(open_folder(path), every or 30.0)
+        folder = open_folder(path)
+        with hold_sittings(folder.state):
+            pass  # free: the run itself holds them from its start on
+        flower_run = submit(folder, every or 30.0)
         typer.echo(f"a sitting every {every or 30.0:g} s, as Flower run {flower_run}, beside any run that trains")
         return
     with meeting(open_folder(path), nodes) as table:

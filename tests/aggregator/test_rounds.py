@@ -17,7 +17,7 @@ from aggregator.aggregation import model_hash
 from aggregator.progress import RoundSummary
 from aggregator.rounds import FederationResult
 from aggregator.settings import open_folder
-from aggregator.state import hold
+from aggregator.state import hold, hold_sittings
 from aggregator.verification import verify_ledger
 from data_schemas.errors import BadInput, CheckFailed, IsletError, NodeBusy
 from data_schemas.ledger import CreditEntry, ModelEntry, RoundEntry
@@ -357,6 +357,20 @@ def test_a_server_app_without_a_folder_says_what_to_give(tmp_path: Path, monkeyp
     with pytest.raises(BadInput) as refused:
         app(grid=small.grid(tmp_path), context=Context(1, 1, {}, RecordDict(), {}))
     assert "aggregator-folder" in refused.value.hint
+
+
+def test_a_server_app_that_holds_sittings_is_the_only_one(tmp_path: Path) -> None:
+    """The run holds them for as long as it goes on: another ends with the reason, and a run that trains does not."""
+    from flwr.app import Context, RecordDict
+
+    from aggregator.server_app import app
+
+    folder = small.build(tmp_path)
+    context = Context(1, 1, {}, RecordDict(), {"aggregator-folder": str(folder.path), "sit-every-s": 5.0})
+    with hold_sittings(folder.state):
+        with pytest.raises(NodeBusy, match="standing run"):
+            app(grid=small.grid(tmp_path), context=context)
+        assert len(small.run(tmp_path).rounds) == folder.load_plan().rounds
 
 
 def test_credit_survives_hospitals_that_score_nothing(tmp_path: Path) -> None:

@@ -51,16 +51,14 @@ def status(federation: RealFederation, word: str) -> list[str]:
 
 def vote(federation: RealFederation) -> None:
     """Propose the policy at one hospital and accept it at two."""
-    done(federation, "federation", "sit", "hub")
+    done(federation, "federation", "sit", "hub", "--every", "5")
     wait_until("a hospital holds the ledger", (federation.path / "duke" / "ledger.jsonl").exists)
     values = json.dumps({"policy": POLICY})
     done(federation, "federation", "propose", "duke", "privacy-policy", "--values", values)
-    done(federation, "federation", "sit", "hub")
     wait_until("the proposal is at the others", lambda: bool(status(federation, "proposal")))
     (proposal,) = status(federation, "proposal")
     for name in ("duke", "madrid"):
         done(federation, "federation", "vote", name, proposal.split()[1], "--yes")
-    done(federation, "federation", "sit", "hub")
     wait_until("it is decided", lambda: bool(status(federation, "; secure aggregation")))
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from aggregator.state import hold_sittings
 from data_schemas.canonical import bytes_hash, content_hash
 from data_schemas.errors import IsletError
 from data_schemas.governance import Challenge
@@ -64,6 +65,12 @@ def test_propose_vote_and_status_on_one_machine(house: House) -> None:
     everybody = [word for home in house.homes.values() for word in ("--node", home)]
     islet("sit", folder, *everybody)
     assert "PAUSED" in islet("status", house.homes["alder"])
+
+
+def test_one_standing_run_is_enough(house: House) -> None:
+    """While one holds the sittings, a second is refused before anything is sent to the SuperLink."""
+    with hold_sittings(house.folder.state):
+        assert "standing run" in fails("sit", house.folder.path).message
 
 
 def test_the_same_commands_on_two_machines(house: House, tmp_path: Path) -> None:
