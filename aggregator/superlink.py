@@ -35,7 +35,7 @@ CONNECTION = "islet"
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _SECRET = "keys/superexec.secret"  # noqa: S105 a path
 # Flower's commands answer in seconds; a SuperLink that is gone makes them wait.
-_COMMAND_S, _POLL_S = 90.0, 5.0
+_COMMAND_S, _POLL_S, _LONGEST_POLL_S = 90.0, 5.0, 30.0
 _REGISTERED = "Public key already in use"
 
 
@@ -135,6 +135,7 @@ def submit(folder: AggregatorFolder, sit_every_s: float = 0.0) -> str:
 
 def follow(folder: AggregatorFolder, flower_run: str) -> Iterator[Mapping[str, str]]:
     """Yield the run's {status, details} as the SuperLink tells it, until it is finished; an outage is waited for."""
+    started = time.monotonic()
     while True:
         try:
             listed = _flwr(folder, "list", CONNECTION, "--run-id", flower_run, "--format", "json")
@@ -146,7 +147,8 @@ def follow(folder: AggregatorFolder, flower_run: str) -> Iterator[Mapping[str, s
             yield told
             if told["status"].startswith("finished"):
                 return
-        time.sleep(_POLL_S)
+        # each question starts flwr's command, two seconds of processor time: a long run is asked about less often
+        time.sleep(min(_LONGEST_POLL_S, _POLL_S + 0.1 * (time.monotonic() - started)))
 
 
 def _write(stem: Path, credentials: Credentials) -> None:
