@@ -3,6 +3,7 @@
 Layout of the state folder:
 
     lock                    held (flock) while an aggregator works here
+    sittings.lock           held while a standing run of sittings goes on
     <run>/round-00012.npz   weights, velocity, ring of the last models, base model, its velocity, updates of round 12
     <run>/sum-00012.npz     round 12 under secure aggregation, before its masks are removed (aggregator.transcript)
     <run>/round-00012.json  record of round 12 and the SHA-256 of the .npz; its appearance is the commit

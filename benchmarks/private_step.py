@@ -184,24 +184,21 @@ def speed_rows(shapes: list[Shape], seconds: float, jax: str | None) -> None:
         print("| " + " | ".join([*shape.cells, f"{got[FLOOR][0]:.0f}", *ratios, faster]) + " |", flush=True)
 
 
-def gpu_megabytes(make: Callable[[Shape], Callable[[], object]], shape: Shape) -> float:
-    """Growth of the GPU's memory that tensors take, at its highest over a few steps."""
-    torch.cuda.empty_cache()
+def gpu_restart() -> float:
+    """Let the record of the GPU's memory start again from what tensors take now, in MB."""
     torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    step = make(shape)
-    for _ in range(2):
-        step()
-    return (torch.cuda.max_memory_allocated() - before) / 2**20
+    return torch.cuda.memory_allocated() / 2**20
+
+
+def gpu_peak() -> float:
+    """Most memory that tensors took on the GPU, in MB."""
+    return torch.cuda.max_memory_allocated() / 2**20
 
 
 def memory_rows(shapes: list[Shape], jax: str | None) -> None:
-    """Print one row a shape: extra megabytes of each variant, on a CPU each in a process of its own."""
+    """Print one row a shape: extra megabytes of each variant (a GPU's where there is one), each in its own process."""
     for shape in shapes:
-        if DEVICE.type == "cuda":
-            ours = [f"{gpu_megabytes(make, shape):.0f}" for make in VARIANTS.values()]
-        else:
-            ours = [fresh_process("benchmarks.private_step", "--memory", name, *shape.cells) for name in VARIANTS]
+        ours = [fresh_process("benchmarks.private_step", "--memory", name, *shape.cells) for name in VARIANTS]
         peer = "-" if jax is None else fresh_process("benchmarks.jax_step", "--memory", *shape.cells, python=jax)
         print("| " + " | ".join([*shape.cells, *ours, peer]) + " |", flush=True)
 
@@ -211,7 +208,8 @@ def main(arguments: list[str]) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     if arguments[:1] == ["--memory"]:
-        print(f"{extra_megabytes(VARIANTS[arguments[1]], Shape.of(arguments[2:])):.0f}")
+        meter = (gpu_restart, gpu_peak) if DEVICE.type == "cuda" else ()
+        print(f"{extra_megabytes(VARIANTS[arguments[1]], Shape.of(arguments[2:]), *meter):.0f}")
         return
     quick = "--quick" in arguments
     jax = arguments[arguments.index("--jax") + 1] if "--jax" in arguments else None
@@ -220,7 +218,7 @@ def main(arguments: list[str]) -> None:
     print(f"A training step as a ratio to nn.LSTM without privacy, medians of interleaved turns, {where}\n")
     print(table([*sizes, "nn.LSTM ms", "Islet", DPLSTM, JAX, "times faster than DPLSTM"], []), flush=True)
     speed_rows(QUICK if quick else SHAPES, 2.0, jax)
-    print("\nExtra peak memory of a step in MB\n")
+    print("\nExtra peak memory of a step in MB, each in a fresh process\n")
     print(table([*sizes, *VARIANTS, JAX], []), flush=True)
     memory_rows(MEMORY[:2] if quick else MEMORY, jax)
 

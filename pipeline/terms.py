@@ -30,7 +30,7 @@ class Terms(Frozen):
 
 
 class ClosedRound(Frozen):
-    """What decisions after a round need of it; about as much however many updates it admitted.
+    """What decisions after a round need of it, and none of the updates that it admitted.
 
     updates_hash: of the admitted updates (`hash_of_updates`). patients: what each hospital declared, under secure
     aggregation, where credit follows from it.

@@ -13,27 +13,12 @@ from pipeline.fitting import FitPlan, fit
 from pipeline.forecaster import Forecaster, ForecasterSpec, flatten
 from pipeline.noise import SeededNoise
 from pipeline.private_training import LocalPlan, train_steps
-from pipeline.windows import Series, Windows, WindowSpec, cut_windows
+from tests.pipeline.test_private_training import cohort
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 SPEC = ForecasterSpec(hidden_size=16)
 WEIGHTS = flatten(Forecaster(SPEC, seed=1))
-
-
-def cohort(patients: int) -> Windows:
-    rng = np.random.default_rng(0)
-    times = np.arange(0, 24 * 3600, 300, dtype=np.int64)
-    glucose = [
-        120 + 30 * np.sin(times / 2400 + rng.uniform(0, 6)) + rng.normal(0, 3, len(times)) for _ in range(patients)
-    ]
-    series = Series(
-        tuple(f"p{i}" for i in range(patients)),
-        np.arange(patients + 1, dtype=np.int64) * len(times),
-        np.tile(times, patients),
-        np.concatenate(glucose).astype(np.float32),
-    )
-    return cut_windows(series, WindowSpec(history_minutes=120))
 
 
 def apart(here: np.ndarray, there: np.ndarray) -> float:
